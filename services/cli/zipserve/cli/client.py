@@ -1,0 +1,181 @@
+"""A client of zipserve's gRPC interface. Needs grpcio and protobuf only."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, cast
+
+import grpc
+
+from zipserve.common.errors import InternalError
+from zipserve.common.rpc.status import FailedCall, from_rpc_error
+from zipserve.v1.inference_service_pb2 import (
+    ChatMessage,
+    ChatPrompt,
+    Delta,
+    Finished,
+    GenerateRequest,
+    GenerateResponse,
+    ListModelsRequest,
+    Model,
+    Started,
+)
+from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
+from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions
+
+Event = Started | Delta | Finished
+"""One event of an answer: started once, then deltas, then finished once."""
+
+_LOCAL_HOSTS = ("127.", "localhost:", "[::1]:")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation."""
+
+    role: str
+    """"system", "user" or "assistant", or what else the model's template knows."""
+    content: str
+
+
+class Client:
+    """A connection to a router. Safe to use from several threads; close it, or use it as a context manager."""
+
+    def __init__(self, address: str, *, message_bytes_max: int = 4 << 20) -> None:
+        """Connects to host:port on first use."""
+        self._channel = grpc.insecure_channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", message_bytes_max),
+                ("grpc.max_send_message_length", message_bytes_max),
+                ("grpc.keepalive_time_ms", 20_000),
+                # http_proxy is not meant for this machine itself, whether no_proxy says so or not.
+                ("grpc.enable_http_proxy", int(not address.startswith(_LOCAL_HOSTS))),
+            ],
+        )
+        self._stub = InferenceServiceStub(self._channel)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        *,
+        model: str = "",
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        timeout_s: float | None = None,
+    ) -> "Stream":
+        """Starts an answer. Parameters that are None are left to the server.
+
+        Args:
+            prompt: plain text, sent as it is; or a conversation, rendered with the model's chat template.
+            model: id; empty for the only one served.
+            timeout_s: longest time for the whole answer. None: no limit.
+        """
+        request = GenerateRequest(
+            model=model,
+            sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
+            stop=StopConditions(max_tokens=max_tokens, stop=stop),
+        )
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            messages = [ChatMessage(role=message.role, content=message.content) for message in prompt]
+            request.chat.CopyFrom(ChatPrompt(messages=messages))
+        return Stream(self._stub.Generate(request, timeout=timeout_s))
+
+    def models(self, timeout_s: float | None = 10.0) -> list[Model]:
+        """The models served.
+
+        Raises:
+            ZipserveError: the call failed.
+        """
+        try:
+            return list(self._stub.ListModels(ListModelsRequest(), timeout=timeout_s).models)
+        except grpc.RpcError as error:
+            raise from_rpc_error(cast(FailedCall, error)) from error
+
+    def close(self) -> None:
+        """Ends the connection and cancels running answers."""
+        self._channel.close()
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Call(Protocol):
+    """What a stream needs of gRPC's call."""
+
+    def __next__(self) -> GenerateResponse: ...
+
+    def cancel(self) -> bool: ...
+
+
+class Stream(Iterator[Event]):
+    """The events of one answer, as they come; checked, so that no token is lost or repeated unnoticed.
+
+    Iterating raises a ZipserveError when the call failed. Leaving the context cancels what is still running.
+    """
+
+    def __init__(self, call: _Call) -> None:
+        self._call = call
+        self._tokens = 0
+        self._started = False
+        self._finished = False
+
+    def __next__(self) -> Event:
+        while (event := self._check(self._next_response())) is None:
+            pass
+        return event
+
+    def _next_response(self) -> GenerateResponse:
+        try:
+            return next(self._call)
+        except StopIteration:
+            if not self._finished:
+                raise InternalError("the answer ended without its last event") from None
+            raise
+        except grpc.RpcError as error:
+            raise from_rpc_error(cast(FailedCall, error)) from error
+
+    def _check(self, response: GenerateResponse) -> Event | None:
+        kind = response.WhichOneof("event")
+        if kind is None:
+            return None  # of a kind that a later version knows
+        if self._finished or self._started == (kind == "started"):
+            raise InternalError(f"the answer has the event {kind!r} out of order")
+        match kind:
+            case "started":
+                self._started = True
+                return response.started
+            case "finished":
+                self._finished = True
+                return response.finished
+            case _:
+                return self._check_delta(response.delta)
+
+    def _check_delta(self, delta: Delta) -> Delta:
+        if delta.index != self._tokens:
+            raise InternalError(f"the answer has token {delta.index} where token {self._tokens} was due")
+        self._tokens += len(delta.token_ids)
+        return delta
+
+    def cancel(self) -> None:
+        """Ends the answer; the server frees everything at once. May be called from any thread."""
+        self._call.cancel()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()

@@ -1,0 +1,95 @@
+"""The options of every command. Imports nothing that costs start-up time."""
+
+import argparse
+
+from zipserve.cli.plan import SERVICES, parse_override
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_PROMPT = "What is the capital of France?"
+
+
+def build() -> argparse.ArgumentParser:
+    """The parser; its result has `command`, the name of the command's module."""
+    parser = argparse.ArgumentParser("zipserve", description="LLM serving with prefill and decode on separate workers.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_up(commands.add_parser("up", help="run a whole stack on this machine"))
+    generate = commands.add_parser("generate", help="send one prompt and stream the answer")
+    generate.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads stdin")
+    generate.add_argument("--raw", action="store_true", help="send plain text, without the model's chat template")
+    generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    _add_generation(generate)
+    _add_generation(commands.add_parser("chat", help="talk with the model"))
+    commands.add_parser("version", help="show the versions of zipserve and of what it runs on")
+    return parser
+
+
+def _add_up(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode workers (default: 1)")
+    parser.add_argument("--model", help="folder or Hugging Face id (default: SmolLM2-135M-Instruct, converted once)")
+    parser.add_argument("--redis", metavar="URL", help="Redis to use (default: start one)")
+    parser.add_argument("--cluster", metavar="NAME", help="name of this stack in Redis (default: drawn)")
+    parser.add_argument(
+        "--listen", metavar="HOST:PORT", type=_address,
+        help=f"where the router listens; port 0 takes a free one (default: {DEFAULT_ADDRESS}; with --once a free port)",
+    )  # fmt: skip
+    parser.add_argument("--threads", type=_count, metavar="T", help="CPU threads per worker (default: share all cores)")
+    parser.add_argument("--kv-blocks", type=_count, metavar="B", help="KV blocks per worker (default: the workers')")
+    parser.add_argument(
+        "--set", type=_override, action="append", default=[], dest="overrides", metavar="SERVICE.FIELD=VALUE",
+        help=f"any setting of a service ({', '.join(SERVICES)}); may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--start-timeout", type=_seconds, default=300.0, metavar="S", help="longest start-up (default: 300)"
+    )
+    parser.add_argument(
+        "--drain", type=_seconds, default=10.0, metavar="S", help="longest wait for running requests at the end"
+    )
+    parser.add_argument("--log-dir", metavar="DIR", help="where the processes log (default: a temporary folder)")
+    parser.add_argument("--once", action="store_true", help="answer one prompt, print measurements, stop")
+    parser.add_argument("--prompt", help=f"what --once asks (default: {DEFAULT_PROMPT})")
+    parser.add_argument("--max-tokens", type=_count, metavar="N", help="most tokens of its answer (default: 64)")
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"host:port of the router ({DEFAULT_ADDRESS})")
+    parser.add_argument("--model", default="", help="model id (default: the only one served)")
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.add_argument("--max-tokens", type=_count, metavar="N", help="most tokens to generate (default: what fits)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 1)")
+    parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens (default: all)")
+    parser.add_argument("--top-p", type=float, metavar="P", help="keep the smallest set that reaches P (default: all)")
+    parser.add_argument("--seed", type=int, help="the same seed draws the same answer (default: drawn)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    parser.add_argument("--timeout", type=_seconds, metavar="S", help="longest time for an answer (default: no limit)")
+    parser.add_argument("--stats", action="store_true", help="print measurements to stderr")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds above 0")
+    return value
+
+
+def _address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form HOST:PORT")
+    return text
+
+
+def _override(text: str) -> tuple[str, str, str]:
+    try:
+        return parse_override(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

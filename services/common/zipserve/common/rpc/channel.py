@@ -1,0 +1,86 @@
+"""Channels to other services: one per address, with keepalive, quick reconnects and finite messages."""
+
+import json
+import time
+
+import grpc
+
+from zipserve.common.errors import DeadlineError
+from zipserve.common.rpc import Context
+
+# Calls that may be repeated without harm; the router replays Prefill and Decode by itself.
+_RETRIED = [{"service": f"zipserve.v1.{name}"} for name in ("KvTransferService", "KvStoreService", "WorkerService")]
+_SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": _RETRIED,
+            "retryPolicy": {
+                "maxAttempts": 3,
+                "initialBackoff": "0.05s",
+                "maxBackoff": "0.5s",
+                "backoffMultiplier": 2,
+                "retryableStatusCodes": ["UNAVAILABLE"],
+            },
+        }
+    ]
+}
+
+
+class ChannelPool:
+    """Open channels by address. Close it at the end, or use it as an async context manager."""
+
+    def __init__(self, message_bytes_max: int) -> None:
+        self._options = [
+            ("grpc.max_receive_message_length", message_bytes_max),
+            ("grpc.max_send_message_length", message_bytes_max),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+            ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
+        ]
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    def get(self, address: str) -> grpc.aio.Channel:
+        """The channel to host:port; connecting happens on first use."""
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(address, options=self._options)
+        return self._channels[address]
+
+    async def close(self) -> None:
+        """Closes all channels; calls under way are cancelled."""
+        channels, self._channels = self._channels, {}
+        for channel in channels.values():
+            await channel.close()
+
+    async def __aenter__(self) -> "ChannelPool":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+class Deadline:
+    """A point in time that all waits of a request count down to."""
+
+    def __init__(self, seconds: float) -> None:
+        self.at_s = time.monotonic() + seconds
+
+    @classmethod
+    def of(cls, context: Context, default_s: float) -> "Deadline":
+        """The deadline of an incoming call; `default_s` from now when the caller set none."""
+        remaining: float | None = context.time_remaining()  # None when there is no deadline, whatever the stubs say
+        return cls(default_s if remaining is None else min(remaining, default_s))
+
+    def remaining_s(self, at_most_s: float = float("inf")) -> float:
+        """Seconds left, at most `at_most_s`.
+
+        Raises:
+            DeadlineError: none are left.
+        """
+        left = self.at_s - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("the deadline has passed")
+        return min(left, at_most_s)

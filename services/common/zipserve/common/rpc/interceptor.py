@@ -1,0 +1,116 @@
+"""The one server interceptor: request id, span, metrics, and errors turned into statuses."""
+
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from grpc_status import rpc_status
+
+from zipserve.common import log, tracing
+from zipserve.common.errors import DeadlineError, InternalError, InvalidRequestError, ZipserveError
+from zipserve.common.metrics import Metrics
+from zipserve.common.rpc import Context
+from zipserve.common.rpc.status import to_status
+
+_log = log.get()
+_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
+
+
+class _Malformed:
+    """Stands for a request whose bytes could not be parsed."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+class ServiceInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method of our own services; health and reflection pass as they are."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_INFRASTRUCTURE):
+            return handler
+        deserialize = _tolerant(handler.request_deserializer)
+        if handler.unary_unary:
+            behaviour = self._unary(method, handler.unary_unary)
+            return grpc.unary_unary_rpc_method_handler(behaviour, deserialize, handler.response_serializer)
+        if handler.unary_stream:
+            behaviour = self._stream(method, handler.unary_stream)
+            return grpc.unary_stream_rpc_method_handler(behaviour, deserialize, handler.response_serializer)
+        raise InternalError(f"{method} streams requests, which no service of ours does")
+
+    def _unary(self, method: str, behaviour: Any) -> Any:
+        async def handle(request: Any, context: Context) -> Any:
+            async with self._around(method, request, context):
+                return await behaviour(request, context)
+
+        return handle
+
+    def _stream(self, method: str, behaviour: Any) -> Any:
+        # A coroutine that writes, not a generator: a call cancelled while it waits for a slow reader would leave a
+        # generator suspended until it is collected, and its `finally` blocks with it.
+        async def handle(request: Any, context: Context) -> None:
+            async with self._around(method, request, context), aclosing(behaviour(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        return handle
+
+    @asynccontextmanager
+    async def _around(self, method: str, request: Any, context: Context) -> AsyncIterator[None]:
+        metadata = context.invocation_metadata() or ()
+        request_id = next((str(value) for key, value in metadata if key == tracing.REQUEST_ID_KEY), "")
+        started_s = time.monotonic()
+        reason = "CANCELLED"
+        with structlog.contextvars.bound_contextvars(request_id=request_id), tracing.server_span(method, metadata):
+            try:
+                if isinstance(request, _Malformed):
+                    raise InvalidRequestError(f"the request is not a valid message: {request.reason}")
+                yield
+                reason = "OK"
+            except ZipserveError as error:
+                reason = error.reason
+                await _abort(context, error)
+            except TimeoutError as error:
+                reason = DeadlineError.reason
+                await _abort(context, DeadlineError(str(error) or "the deadline passed"))
+            except grpc.aio.AbortError:
+                reason = "ABORTED"
+                raise
+            except grpc.aio.BaseError:  # the call is over: its client has gone, or the server has stopped
+                raise
+            except Exception:  # noqa: BLE001  # whatever it is, the caller gets a typed error
+                reason = InternalError.reason
+                _log.exception("rpc.failed", method=method)
+                await _abort(context, InternalError("internal error; the server's log has the details"))
+            finally:
+                self._metrics.rpcs.labels(method, reason).inc()
+                self._metrics.rpc_seconds.labels(method).observe(time.monotonic() - started_s)
+
+
+async def _abort(context: Context, error: ZipserveError) -> None:
+    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+
+
+def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """gRPC answers unparsable bytes with INTERNAL; this lets the handler answer INVALID_ARGUMENT instead."""
+
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return parse

@@ -1,0 +1,158 @@
+"""Runs a service: start, serve, drain on SIGTERM, stop."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from zipserve.common import log
+from zipserve.common.metrics import Metrics
+from zipserve.common.registry import RegistryWriter
+from zipserve.common.rpc import Context
+from zipserve.common.rpc.interceptor import ServiceInterceptor
+from zipserve.common.settings import ServiceSettings
+from zipserve.v1 import worker_service_pb2, worker_service_pb2_grpc
+
+_log = log.get()
+
+
+class Service(Protocol):
+    """What `serve` needs of a service."""
+
+    metrics: Metrics
+
+    async def start(self, address: str) -> None:
+        """Gets ready to serve under `address`; takes as long as loading a model takes."""
+
+    def add_to(self, server: grpc.aio.Server) -> list[str]:
+        """Adds the servicers to a server and returns their full names."""
+
+    def capabilities(self) -> worker_service_pb2.Capabilities | None:
+        """What the registry shall know; None for a service that nobody looks up there."""
+
+    def load(self) -> worker_service_pb2.Load:
+        """The load now."""
+
+    def begin_drain(self) -> None:
+        """Refuses new work from now on."""
+
+    async def drained(self) -> None:
+        """Returns when no work is left: streams finished, slabs pulled or given up."""
+
+    async def close(self) -> None:
+        """Frees everything. Called also when `start` failed or draining took too long."""
+
+
+class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
+    """Tells a worker's capabilities and load."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    async def GetCapabilities(
+        self, request: worker_service_pb2.GetCapabilitiesRequest, context: Context
+    ) -> worker_service_pb2.GetCapabilitiesResponse:
+        return worker_service_pb2.GetCapabilitiesResponse(
+            capabilities=self._service.capabilities(), load=self._service.load()
+        )
+
+
+async def serve(
+    service: Service,
+    settings: ServiceSettings,
+    shutdown: asyncio.Event,
+    on_ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until `shutdown` is set, then drains for at most `settings.drain_s`.
+
+    `on_ready` is called with the advertised address as soon as requests are accepted.
+
+    Raises:
+        OSError: the address to listen on is taken.
+    """
+    server = grpc.aio.server(
+        interceptors=[ServiceInterceptor(service.metrics)],
+        options=[
+            ("grpc.max_receive_message_length", settings.message_bytes_max),
+            ("grpc.max_send_message_length", settings.message_bytes_max),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ],
+    )
+    try:
+        port = server.add_insecure_port(settings.listen)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {settings.listen}: {error}") from error
+    address = settings.advertised(port)
+    try:
+        await service.start(address)
+        names = service.add_to(server)
+        if service.capabilities() is not None:
+            worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(service), server)
+            names.append("zipserve.v1.WorkerService")
+        await _serve_started(service, settings, server, names, address, shutdown, on_ready)
+    finally:
+        await server.stop(0)
+        await service.close()
+
+
+async def _serve_started(
+    service: Service,
+    settings: ServiceSettings,
+    server: grpc.aio.Server,
+    names: list[str],
+    address: str,
+    shutdown: asyncio.Event,
+    on_ready: Callable[[str], None] | None,
+) -> None:
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    if settings.reflection:
+        reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
+    service.metrics.serve(settings.host, settings.metrics_port)
+    await server.start()
+    for name in ("", *names):
+        await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    async with RegistryWriter(settings, service.capabilities(), service.load):
+        _log.info("service.ready", address=address)
+        if on_ready is not None:
+            on_ready(address)
+        await shutdown.wait()
+        started_s = time.monotonic()
+        service.begin_drain()
+        await checks.enter_graceful_shutdown()
+        # the registry still shows the worker, now as draining, to readers that must find it for their pulls
+        try:
+            await asyncio.wait_for(service.drained(), settings.drain_s)
+            drained = True
+        except TimeoutError:
+            drained = False
+        _log.info("service.drained", complete=drained, seconds=round(time.monotonic() - started_s, 3))
+    await server.stop(grace=1.0)
+
+
+def stop_on_signals(shutdown: asyncio.Event) -> None:
+    """Sets `shutdown` on SIGTERM and SIGINT."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, shutdown.set)
+
+
+def run(service_name: str, service: Service, settings: ServiceSettings) -> None:
+    """The whole life of a service's process."""
+    log.configure(
+        level=settings.log_level, style=settings.log_format, service=service_name, worker_id=settings.worker_id
+    )
+
+    async def main() -> None:
+        shutdown = asyncio.Event()
+        stop_on_signals(shutdown)
+        await serve(service, settings, shutdown)
+
+    asyncio.run(main())

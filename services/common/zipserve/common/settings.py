@@ -1,0 +1,85 @@
+"""Settings that every service shares. One frozen class per service derives from `ServiceSettings`.
+
+A setting `drain_s` of the prefill service is `--drain-s 30` or `ZIPSERVE_PREFILL_DRAIN_S=30`; the command line wins. An
+unknown name is an error in both. The environment is read nowhere else.
+"""
+
+import os
+import uuid
+from collections.abc import Sequence
+from typing import Any, Literal, Self
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+SECRET_BYTES_MIN = 16
+
+
+class ServiceSettings(BaseSettings):
+    """Settings of any service."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="ZIPSERVE_", frozen=True, extra="forbid", cli_kebab_case=True, cli_hide_none_type=True
+    )
+
+    cluster: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """Name that separates installations that share a Redis; prefix of every key."""
+    worker_id: str = Field(default_factory=lambda: uuid.uuid4().hex[:12], pattern=r"^[A-Za-z0-9._-]{1,128}$")
+    """Unique name of this process; drawn at random when not given."""
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    """Redis (or Valkey) that holds the registry."""
+    secret: SecretStr
+    """Secret of the cluster, at least 16 bytes, the same for all its services: signs KV handles."""
+    listen: str = "127.0.0.1:0"
+    """host:port of the gRPC server; port 0 takes a free one."""
+    advertise_host: str = ""
+    """Host under which others reach this process. Empty: the host of `listen`."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the Prometheus endpoint on the host of `listen`. 0: none."""
+    drain_s: float = Field(default=30.0, ge=0.0)
+    """Longest wait for running work after SIGTERM, in seconds."""
+    heartbeat_s: float = Field(default=0.5, gt=0.0)
+    """Time between heartbeats to the registry, in seconds."""
+    registry_ttl_s: float = Field(default=5.0, gt=0.0)
+    """Time after which a silent worker leaves the registry, in seconds."""
+    message_bytes_max: int = Field(default=4 << 20, ge=1 << 16)
+    """Largest gRPC message accepted, in bytes."""
+    reflection: bool = False
+    """Serve gRPC reflection."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe log level that is written."""
+    log_format: Literal["json", "console"] = "json"
+    """JSON lines, or aligned text for people."""
+
+    @field_validator("secret")
+    @classmethod
+    def _secret_is_long_enough(cls, value: SecretStr) -> SecretStr:
+        size = len(value.get_secret_value().encode())
+        if size < SECRET_BYTES_MIN:
+            raise ValueError(f"must have at least {SECRET_BYTES_MIN} bytes, has {size}")
+        return value
+
+    @property
+    def host(self) -> str:
+        """Host of `listen`."""
+        return self.listen.rpartition(":")[0]
+
+    def advertised(self, port: int) -> str:
+        """host:port under which others reach this process."""
+        return f"{self.advertise_host or self.host}:{port}"
+
+    @classmethod
+    def load(cls, arguments: Sequence[str] | None = None) -> Self:
+        """Reads the command line (None: the process's own), then the environment, then the defaults.
+
+        Raises:
+            pydantic.ValidationError: a value is out of its range.
+            SystemExit: the command line has an unknown name, or asked for help.
+        """
+        prefix = cls.model_config.get("env_prefix", "")
+        known = {f"{prefix}{name}".upper() for name in cls.model_fields}
+        unknown = sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
+        if unknown:
+            raise SystemExit(f"unknown settings in the environment: {', '.join(unknown)}")
+        options: dict[str, Any] = {"_cli_parse_args": list(arguments) if arguments is not None else True}
+        return cls(**options)

@@ -1,0 +1,308 @@
+"""The side that reads: opens handles, keeps their leases alive, reads the slabs and believes nothing unverified."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from redis.exceptions import RedisError
+
+from zipserve.common import log, tracing
+from zipserve.common.errors import (
+    HandoffError,
+    IncarnationError,
+    LayoutMismatchError,
+    LeaseExpiredError,
+    WorkerLostError,
+    ZipserveError,
+)
+from zipserve.common.kv import handle as handles
+from zipserve.common.kv.header import SlabIdentity, SlabKind, verify
+from zipserve.common.kv.layout import HEADER_BYTES, Layout
+from zipserve.common.metrics import Metrics
+from zipserve.common.registry import RegistryView, WorkerRecord
+from zipserve.common.rpc.channel import ChannelPool, Deadline
+from zipserve.common.rpc.duration import to_seconds
+from zipserve.common.rpc.status import client_errors
+from zipserve.common.transport import ArenaInfo, Range, Transport
+from zipserve.v1 import kv_pb2, kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
+
+_log = log.get()
+_RPC_TIMEOUT_S = 5.0
+_RENEWALS_PER_TTL = 3
+
+
+@dataclass(frozen=True)
+class PullStats:
+    """What one pull moved and how long it took."""
+
+    size_bytes: int
+    blocks: int
+    transfer_s: float
+    verify_s: float
+
+
+@dataclass(frozen=True)
+class _Peer:
+    incarnation: int
+    address: str
+    agent: str
+    arenas: dict[SlabKind, ArenaInfo]
+
+
+class KvPuller:
+    """Reads slabs of other workers into local ones. Lives in the event loop.
+
+    Args:
+        slab_view: the local bytes of a slab, for verification.
+    """
+
+    def __init__(
+        self,
+        *,
+        worker_id: str,
+        secret: bytes,
+        layout: Layout,
+        transport: Transport,
+        arenas: list[ArenaInfo],
+        slab_view: Callable[[SlabKind, int], memoryview],
+        registry: RegistryView,
+        channels: ChannelPool,
+        metrics: Metrics,
+    ) -> None:
+        self._worker_id = worker_id
+        self._secret = secret
+        self._layout = layout
+        self._transport = transport
+        self._arenas = {arena.kind: arena for arena in arenas}
+        self._slab_view = slab_view
+        self._registry = registry
+        self._channels = channels
+        self._metrics = metrics
+        self._peers: dict[str, _Peer] = {}
+        self._connecting: dict[str, asyncio.Lock] = {}
+
+    def open(self, handle: kv_pb2.KvHandle) -> kv_pb2.KvClaims:
+        """The claims of a handle, checked against signature, layout and arithmetic.
+
+        Raises:
+            HandleForgedError, LayoutMismatchError.
+        """
+        try:
+            claims = handles.open_handle(handle, self._secret)
+            self._check(claims)
+        except HandoffError as error:
+            self._metrics.handoff_failures.labels(error.reason).inc()
+            raise
+        return claims
+
+    @asynccontextmanager
+    async def lease(self, claims: kv_pb2.KvClaims, request_id: str) -> AsyncIterator["HeldLease"]:
+        """Keeps the lease of a handle alive while the context is open, and releases it at the end."""
+        lease = HeldLease(self, claims, request_id)
+        try:
+            yield lease
+        except HandoffError as error:
+            self._metrics.handoff_failures.labels(error.reason).inc()
+            raise
+        finally:
+            await lease.close()
+
+    async def connect_early(self, records: list[WorkerRecord]) -> None:
+        """Connects to workers whose layout we read and that we do not know yet, so that no request pays for it."""
+        for record in records:
+            peer = self._peers.get(record.worker_id)
+            known = peer is not None and peer.incarnation == record.incarnation
+            if not known and record.capabilities.writable_layout == self._layout.fingerprint:
+                with suppress(ZipserveError):
+                    await self._connect(record.worker_id, record.incarnation, _RPC_TIMEOUT_S)
+
+    async def pull(self, claims: kv_pb2.KvClaims, local_slabs: list[int], deadline: Deadline) -> PullStats:
+        """Reads the slabs of `claims.refs` into local slabs of the same kinds, in order, and verifies each.
+
+        Raises:
+            HandoffError: of the class that tells what was wrong. DeadlineError. WorkerLostError.
+        """
+        peer = await self._connect(claims.worker_id, claims.incarnation, deadline.remaining_s(_RPC_TIMEOUT_S))
+        ranges = [self._range(peer, ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True)]
+        size_bytes = sum(r.size_bytes for r in ranges)
+        started_s = time.monotonic()
+        types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
+        try:
+            await self._transport.read(peer.agent, ranges, types, claims.lease_id, deadline.remaining_s())
+        except ZipserveError:
+            self._peers.pop(claims.worker_id, None)  # the transport has dropped it; the next pull connects anew
+            raise
+        read_s = time.monotonic()
+        self._metrics.transfer_bytes.inc(size_bytes)
+        self._metrics.transfer_seconds.observe(read_s - started_s)
+        await asyncio.to_thread(self._verify, claims, local_slabs)
+        blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref in claims.refs)
+        return PullStats(size_bytes, blocks, read_s - started_s, time.monotonic() - read_s)
+
+    def stub(self, worker_id: str) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
+        """The KvTransferService of a worker.
+
+        Raises:
+            WorkerLostError: the registry does not know it.
+        """
+        record = self._registry.find(worker_id)
+        if record is None:
+            raise WorkerLostError(f"worker {worker_id} is not in the registry")
+        channel = self._channels.get(record.capabilities.address)
+        return kv_transfer_service_pb2_grpc.KvTransferServiceStub(channel)
+
+    def _check(self, claims: kv_pb2.KvClaims) -> None:
+        if claims.layout_fingerprint != self._layout.fingerprint:
+            raise LayoutMismatchError(
+                f"the handle has layout {claims.layout_fingerprint.hex()[:16]}, this worker reads "
+                f"{self._layout.fingerprint.hex()[:16]} ({self._layout.description})"
+            )
+        position = 0
+        for ref in claims.refs:
+            is_block = ref.kind == kv_pb2.SLAB_KIND_BLOCK
+            tokens = self._layout.block_tokens if is_block else ref.tokens
+            size = HEADER_BYTES + self._layout.payload_bytes(tokens)
+            fits = position % self._layout.block_tokens == 0 and 0 < tokens <= self._layout.block_tokens - (
+                not is_block
+            )
+            if not fits or (ref.start_position, ref.tokens, ref.bytes) != (position, tokens, size):
+                raise LayoutMismatchError(f"the slab at position {ref.start_position} does not fit the layout")
+            position += tokens
+        if position != claims.tokens:
+            raise LayoutMismatchError(f"the handle covers {position} tokens but claims {claims.tokens}")
+
+    def _range(self, peer: _Peer, ref: kv_pb2.BlockRef, local_slab: int) -> Range:
+        kind = SlabKind(ref.kind)
+        remote, local = peer.arenas.get(kind), self._arenas[kind]
+        if remote is None or ref.slab >= remote.slabs or ref.bytes > remote.slab_bytes:
+            raise LayoutMismatchError(f"slab {ref.slab} of {ref.bytes} bytes lies outside the peer's arena")
+        return Range(remote.address(ref.slab), remote.device_id, local.address(local_slab), local.device_id, ref.bytes)
+
+    def _verify(self, claims: kv_pb2.KvClaims, local_slabs: list[int]) -> None:
+        for ref, slab in zip(claims.refs, local_slabs, strict=True):
+            kind = SlabKind(ref.kind)
+            expected = SlabIdentity(
+                kind=kind,
+                fingerprint=claims.layout_fingerprint,
+                incarnation=claims.incarnation,
+                generation=ref.generation,
+                start_position=ref.start_position,
+                tokens=ref.tokens,
+                payload_bytes=ref.bytes - HEADER_BYTES,
+                prefix_hash=ref.prefix_hash,
+            )
+            verify(self._slab_view(kind, slab)[: ref.bytes], expected, ref.checksum)
+
+    async def _connect(self, worker_id: str, incarnation: int, timeout_s: float) -> _Peer:
+        async with self._connecting.setdefault(worker_id, asyncio.Lock()):
+            peer = self._peers.get(worker_id)
+            if peer is not None and peer.incarnation == incarnation:
+                return peer
+            if peer is not None:
+                del self._peers[worker_id]
+                await self._transport.disconnect(peer.agent)
+            record = await self._find(worker_id, incarnation)
+            request = kv_transfer_service_pb2.ConnectRequest(
+                worker_id=self._worker_id,
+                expected_incarnation=incarnation,
+                layout_fingerprint=self._layout.fingerprint,
+            )
+            with client_errors():
+                answer = await self.stub(worker_id).Connect(request, timeout=timeout_s)
+            agent = await self._transport.connect(answer.agent_metadata)
+            arenas = {SlabKind(a.kind): _arena(a) for a in answer.arenas}
+            self._peers[worker_id] = _Peer(incarnation, record.capabilities.address, agent, arenas)
+            _log.info("peer.connected", peer=worker_id, peer_incarnation=f"{incarnation:016x}")
+            return self._peers[worker_id]
+
+    async def _find(self, worker_id: str, incarnation: int) -> WorkerRecord:
+        record = self._registry.find(worker_id)
+        if record is None or record.incarnation != incarnation:
+            with suppress(RedisError, OSError):
+                await self._registry.refresh()
+            record = self._registry.find(worker_id)
+        if record is None:
+            raise WorkerLostError(f"worker {worker_id} is not in the registry")
+        if record.incarnation != incarnation:
+            raise IncarnationError(
+                f"the handle is of incarnation {incarnation:016x} of {worker_id}, now {record.incarnation:016x}"
+            )
+        return record
+
+
+class HeldLease:
+    """A lease that is renewed in the background from its creation until `close`."""
+
+    def __init__(self, puller: KvPuller, claims: kv_pb2.KvClaims, request_id: str) -> None:
+        self._puller = puller
+        self._claims = claims
+        self._metadata = tracing.outgoing(request_id)
+        self._released = False
+        self._confirmed = asyncio.Event()
+        self._lost: ZipserveError | None = None
+        self._task = asyncio.create_task(self._keep(), name="lease-heartbeat")
+
+    async def pull(self, local_slabs: list[int], deadline: Deadline) -> PullStats:
+        """Reads and verifies all slabs, then releases the lease.
+
+        Raises:
+            LeaseExpiredError: it was not alive before, or not any more after the read; what was read is void.
+            HandoffError, WorkerLostError, DeadlineError: see `KvPuller.pull`.
+        """
+        await asyncio.wait_for(self._confirmed.wait(), deadline.remaining_s())
+        if self._lost is not None:
+            raise self._lost
+        stats = await self._puller.pull(self._claims, local_slabs, deadline)
+        if not await self._release():
+            raise LeaseExpiredError(f"the lease of {self._claims.worker_id} expired during the read")
+        return stats
+
+    async def close(self) -> None:
+        """Stops renewing; releases the lease unless that has happened."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        if not self._released:
+            # also when the caller is being cancelled: the peer's slabs are freed at once, not at expiry
+            await asyncio.shield(asyncio.create_task(self._release()))
+
+    async def _release(self) -> bool:
+        """True unless the peer said that the lease had expired; a dead peer is no reason to discard verified bytes."""
+        self._released = True
+        request = kv_transfer_service_pb2.ReleaseLeaseRequest(lease_id=self._claims.lease_id)
+        try:
+            stub = self._puller.stub(self._claims.worker_id)
+            with client_errors():
+                answer = await stub.ReleaseLease(request, timeout=_RPC_TIMEOUT_S, metadata=self._metadata)
+        except ZipserveError as error:
+            _log.warning("lease.release_failed", peer=self._claims.worker_id, error=error.message)
+            return True
+        return answer.was_alive
+
+    async def _keep(self) -> None:
+        ttl_s = to_seconds(self._claims.lease_ttl)
+        request = kv_transfer_service_pb2.RenewLeasesRequest(lease_ids=[self._claims.lease_id])
+        while self._lost is None:
+            try:
+                stub = self._puller.stub(self._claims.worker_id)
+                with client_errors():
+                    answer = await stub.RenewLeases(request, timeout=ttl_s, metadata=self._metadata)
+                if answer.lost_lease_ids:
+                    self._lost = LeaseExpiredError(f"the lease of {self._claims.worker_id} has expired")
+            except ZipserveError as error:
+                self._lost = error
+            self._confirmed.set()
+            await asyncio.sleep(ttl_s / _RENEWALS_PER_TTL)
+
+
+def _arena(message: kv_transfer_service_pb2.Arena) -> ArenaInfo:
+    name = kv_transfer_service_pb2.MemoryType.Name(message.memory_type)
+    return ArenaInfo(
+        kind=SlabKind(message.kind),
+        base_address=message.base_address,
+        slab_bytes=message.slab_bytes,
+        slabs=message.slabs,
+        memory_type=name.removeprefix("MEMORY_TYPE_"),
+        device_id=message.device_id,
+    )

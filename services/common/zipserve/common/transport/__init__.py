@@ -1,0 +1,87 @@
+"""Moves KV bytes between the registered arenas of two workers.
+
+`Transport` is what the transfer layer needs; `zipserve.common.transport.nixl` is the one that ships.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+from zipserve.common.kv.header import SlabKind
+
+
+@dataclass(frozen=True)
+class ArenaInfo:
+    """A registered region of equal slabs, in its owner's address space."""
+
+    kind: SlabKind
+    base_address: int
+    slab_bytes: int
+    slabs: int
+    memory_type: str
+    """DRAM or VRAM."""
+    device_id: int = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the whole region."""
+        return self.slab_bytes * self.slabs
+
+    def address(self, slab: int) -> int:
+        """Address of a slab.
+
+        Raises:
+            IndexError: there is no such slab.
+        """
+        if not 0 <= slab < self.slabs:
+            raise IndexError(f"slab {slab} of {self.slabs}")
+        return self.base_address + slab * self.slab_bytes
+
+
+class Range(NamedTuple):
+    """One descriptor of a read."""
+
+    remote_address: int
+    remote_device: int
+    local_address: int
+    local_device: int
+    size_bytes: int
+
+
+TransportFactory: TypeAlias = Callable[[str, Sequence["ArenaInfo"], Callable[[list[bytes]], None] | None], "Transport"]
+"""Opens a transport: agent name, regions to register, and whom to tell of peers' notifications."""
+
+
+class Transport(Protocol):
+    """Pull-only access to peers' memory."""
+
+    def metadata(self) -> bytes:
+        """What a peer must hand to its own `connect`."""
+
+    async def connect(self, metadata: bytes) -> str:
+        """Makes a peer readable and returns its name.
+
+        Raises:
+            TransferError: the metadata is not usable.
+        """
+
+    async def disconnect(self, peer: str) -> None:
+        """Forgets a peer; connecting to it again is possible."""
+
+    async def read(
+        self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
+    ) -> None:
+        """Reads all ranges, and notifies the peer when done. `memory_types` are (remote, local).
+
+        When this returns or raises, also by cancellation, nothing writes to the local addresses any more.
+
+        Raises:
+            TransferError: the peer is gone or the transport failed; the peer is then disconnected.
+            DeadlineError: the time ran out; the peer is then disconnected.
+        """
+
+    def expect_readers(self, expected: bool) -> None:
+        """Says whether peers may be reading now, so that the transport keeps its side moving."""
+
+    def close(self) -> None:
+        """Ends all transfers and deregisters the memory."""

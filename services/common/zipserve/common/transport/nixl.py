@@ -1,0 +1,224 @@
+"""The NIXL transport: one agent, owned by one thread that posts, polls and answers.
+
+The UCX backend makes progress only while its agent is polled, on both sides of a read. The thread polls every half
+millisecond while a transfer runs or readers are expected, and rarely otherwise; NIXL's own progress thread would spin
+on a whole core. NIXL raises unrelated classes for its statuses, hence the broad excepts; none of its errors is fatal:
+the peer is dropped and can be connected again.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from zipserve.common import log
+from zipserve.common.errors import DeadlineError, TransferError, ZipserveError
+from zipserve.common.transport import ArenaInfo, Range
+
+_log = log.get()
+_POLL_BUSY_S = 0.0005
+_POLL_IDLE_S = 0.02
+T = TypeVar("T")
+
+
+@dataclass
+class _Read:
+    peer: str
+    ranges: list[Range]
+    memory_types: tuple[str, str]
+    notification: bytes
+    deadline_s: float
+    done: "Future[None]" = field(default_factory=Future)
+    abandoned: bool = False
+    handle: Any = None
+
+
+class NixlTransport:
+    """`Transport` over NIXL with the UCX backend. Create it, and call all methods, from the event loop's thread.
+
+    Args:
+        name: of the agent; unique among all agents that ever meet (worker id and incarnation).
+        arenas: regions to register.
+        on_notifications: called in the event loop with the notifications of peers that finished a read.
+
+    Raises:
+        TransferError: NIXL has no UCX backend, or refuses the memory.
+    """
+
+    def __init__(
+        self, name: str, arenas: Sequence[ArenaInfo], on_notifications: Callable[[list[bytes]], None] | None = None
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_notifications = on_notifications
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._reads: list[_Read] = []
+        self._closing = False
+        self._expects_readers = False
+        self._agent, self._registered = _open_agent(name, arenas)
+        self._metadata: bytes = self._agent.get_agent_metadata()
+        self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
+        self._thread.start()
+
+    def metadata(self) -> bytes:
+        return self._metadata
+
+    def expect_readers(self, expected: bool) -> None:
+        self._expects_readers = expected
+        if expected:
+            self._inbox.put(lambda: None)  # wake the thread
+
+    async def connect(self, metadata: bytes) -> str:
+        def load() -> str:
+            try:
+                name = self._agent.add_remote_agent(metadata)
+                peer = name.decode() if isinstance(name, bytes) else str(name)
+                self._agent.make_connection(peer)  # the first contact takes 30 ms: make it now
+                return peer
+            except Exception as error:
+                raise TransferError(f"cannot connect to a peer: {error!r}") from error
+
+        return await self._in_thread(load)
+
+    async def disconnect(self, peer: str) -> None:
+        await self._in_thread(lambda: self._drop(peer))
+
+    async def read(
+        self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
+    ) -> None:
+        read = _Read(peer, ranges, memory_types, notification, time.monotonic() + timeout_s)
+        self._inbox.put(lambda: self._post(read))
+        waiting = asyncio.wrap_future(read.done)
+        try:
+            await asyncio.shield(waiting)
+        except asyncio.CancelledError:
+            # the slabs must not be reused while bytes may still arrive: wait until the thread has ended the read
+            read.abandoned = True
+            self._inbox.put(lambda: None)
+            with suppress(ZipserveError):
+                await _uncancelled(waiting)
+            raise
+
+    def close(self) -> None:
+        self._closing = True
+        self._inbox.put(lambda: None)
+        self._thread.join()
+
+    async def _in_thread(self, action: Callable[[], T]) -> T:
+        done: Future[T] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except Exception as error:  # noqa: BLE001
+                done.set_exception(error)
+
+        self._inbox.put(act)
+        return await asyncio.wrap_future(done)
+
+    # Everything below runs in the transport's thread.
+
+    def _run(self) -> None:
+        while not self._closing:
+            busy = self._reads or self._expects_readers
+            with suppress(queue.Empty):
+                self._inbox.get(timeout=_POLL_BUSY_S if busy else _POLL_IDLE_S)()
+            self._poll_notifications()
+            for read in self._reads[:]:
+                self._poll(read)
+        for read in self._reads[:]:
+            self._finish(read, TransferError("the transport is closing"))
+        with suppress(Exception):
+            for descriptors in self._registered:
+                self._agent.deregister_memory(descriptors)
+        del self._agent
+
+    def _poll_notifications(self) -> None:
+        try:
+            news = self._agent.get_new_notifs()
+        except Exception as error:  # noqa: BLE001
+            _log.warning("transport.poll_failed", error=repr(error))
+            return
+        messages = [message for batch in news.values() for message in batch]
+        if messages and self._on_notifications is not None:
+            with suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._on_notifications, messages)
+
+    def _post(self, read: _Read) -> None:
+        self._reads.append(read)
+        try:
+            remote = [(r.remote_address, r.size_bytes, r.remote_device) for r in read.ranges]
+            local = [(r.local_address, r.size_bytes, r.local_device) for r in read.ranges]
+            read.handle = self._agent.initialize_xfer(
+                "READ",
+                self._agent.get_xfer_descs(local, read.memory_types[1]),
+                self._agent.get_xfer_descs(remote, read.memory_types[0]),
+                read.peer,
+                read.notification,
+            )
+            state = self._agent.transfer(read.handle)
+        except Exception as error:  # noqa: BLE001
+            self._finish(read, TransferError(f"cannot read from {read.peer}: {error!r}"))
+            return
+        self._settle(read, state)
+
+    def _poll(self, read: _Read) -> None:
+        try:
+            state = self._agent.check_xfer_state(read.handle)
+        except Exception as error:  # noqa: BLE001
+            self._finish(read, TransferError(f"lost {read.peer} while reading: {error!r}"))
+            return
+        self._settle(read, state)
+
+    def _settle(self, read: _Read, state: str) -> None:
+        if state == "DONE":
+            self._finish(read, None)
+        elif state != "PROC":
+            self._finish(read, TransferError(f"reading from {read.peer} failed"))
+        elif read.abandoned:
+            self._finish(read, TransferError("abandoned"))
+        elif time.monotonic() >= read.deadline_s:
+            self._finish(read, DeadlineError(f"{read.peer} did not deliver {len(read.ranges)} slabs in time"))
+
+    def _finish(self, read: _Read, error: ZipserveError | None) -> None:
+        self._reads.remove(read)
+        if read.handle is not None:
+            with suppress(Exception):
+                self._agent.release_xfer_handle(read.handle)
+            read.handle = None
+        if error is None:
+            read.done.set_result(None)
+            return
+        self._drop(read.peer)  # closing the connection is what makes sure that nothing arrives any more
+        read.done.set_exception(error)
+
+    def _drop(self, peer: str) -> None:
+        with suppress(Exception):
+            self._agent.remove_remote_agent(peer)
+
+
+async def _uncancelled(waiting: "asyncio.Future[None]") -> None:
+    """Awaits although the task is cancelled again and again."""
+    while not waiting.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(waiting)
+
+
+def _open_agent(name: str, arenas: Sequence[ArenaInfo]) -> tuple[Any, list[Any]]:
+    from nixl._api import nixl_agent, nixl_agent_config  # noqa: PLC0415  # takes seconds, and torch where it is installed
+
+    logging.getLogger("nixl").setLevel(logging.WARNING)
+    try:
+        agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+        registered = [
+            agent.register_memory([(a.base_address, a.size_bytes, a.device_id, a.kind.name)], a.memory_type)
+            for a in arenas
+        ]
+    except Exception as error:
+        raise TransferError(f"NIXL cannot start: {error!r}") from error
+    return agent, registered

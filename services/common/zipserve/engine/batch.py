@@ -1,0 +1,53 @@
+"""The tokens of one step as one packed row: first the sequences that add one token, then the chunks of prompts."""
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from zipserve.engine.attention import Scoring
+from zipserve.engine.cache import KvCache
+from zipserve.engine.chunk import Chunk
+from zipserve.engine.decode import DecodeRows
+from zipserve.engine.sequence import Segment
+
+
+class Batch:
+    """One step over `segments`, which must be valid. Writes the KV of its tokens as their layers are computed."""
+
+    def __init__(self, segments: SequenceOf[Segment], cache: KvCache) -> None:
+        order = sorted(range(len(segments)), key=lambda index: len(segments[index].token_ids) > 1)
+        decode = [segments[index].sequence for index in order if len(segments[index].token_ids) == 1]
+        self._decode = DecodeRows(decode, cache) if decode else None
+        self._chunks: list[tuple[slice, Chunk]] = []
+        self.calls = 0
+        """Layers that have been computed."""
+        last = [0] * len(segments)
+        token_ids: list[int] = []
+        positions: list[int] = []
+        for index in order:
+            sequence, ids = segments[index].sequence, segments[index].token_ids
+            rows = slice(len(token_ids), len(token_ids) + len(ids))
+            if len(ids) > 1:
+                self._chunks.append((rows, Chunk(sequence, len(ids), cache)))
+            token_ids.extend(ids)
+            positions.extend(range(sequence.length, sequence.length + len(ids)))
+            last[index] = rows.stop - 1
+        self.token_ids = torch.tensor([token_ids], device=cache.device)
+        """[1, tokens]"""
+        self.positions = torch.tensor([positions], device=cache.device)
+        """[1, tokens]"""
+        self.last = torch.tensor(last, device=cache.device)
+        """[segments]: row of each segment's last token."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        """See zipserve.engine.attention.Attender."""
+        self.calls += 1
+        output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+        if self._decode is not None:
+            rows = slice(0, self._decode.count)
+            output[rows] = self._decode.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring)
+        for rows, chunk in self._chunks:
+            output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring).transpose(0, 1)
+        return output

@@ -1,0 +1,147 @@
+"""The one thread that owns device, model and KV cache, and what the event loop may know of it."""
+
+import asyncio
+import functools
+import secrets
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, ParamSpec, TypeVar
+
+import torch
+from pydantic import Field
+from transformers.utils.logging import disable_progress_bar
+
+from zipserve.common import __version__, log, models
+from zipserve.common.kv.header import SlabKind
+from zipserve.common.kv.layout import Layout
+from zipserve.common.settings import ServiceSettings
+from zipserve.common.transport import ArenaInfo
+from zipserve.engine import loader
+from zipserve.engine.cache import KvCache
+from zipserve.engine.engine import Engine
+from zipserve.engine.probe import probe
+from zipserve.v1.worker_service_pb2 import Capabilities, WorkerRole
+
+P = ParamSpec("P")
+T = TypeVar("T")
+_log = log.get()
+
+
+class WorkerSettings(ServiceSettings):
+    """Settings of a worker with a device."""
+
+    model: str = models.DEFAULT_MODEL
+    """Model to serve: a folder, a Hugging Face id, or the default model's name."""
+    device: str = "cpu"
+    """Torch device."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of weights, activations and unquantized KV."""
+    codec: Literal["raw"] = "raw"
+    """How blocks are coded."""
+    block_tokens: int = Field(default=128, ge=16, multiple_of=16)
+    """Tokens per block."""
+    kv_blocks: int = Field(default=256, ge=1)
+    """Slabs of the block arena."""
+    kv_tails: int = Field(default=64, ge=1)
+    """Slabs of the tail arena."""
+    sequences_max: int = Field(default=32, ge=1)
+    """Most sequences computed in one step."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads for tensor operations. 0: one per available core."""
+    queue_requests_max: int = Field(default=512, ge=1)
+    """Most requests that wait; one more is refused."""
+    queue_tokens_max: int = Field(default=1 << 18, ge=1)
+    """Most tokens of all waiting requests together; a request beyond is refused."""
+    deadline_default_s: float = Field(default=600.0, gt=0.0)
+    """Time for a call whose caller sets no deadline, in seconds."""
+
+
+class Device:
+    """A loaded model with its KV cache, behind a single thread.
+
+    `engine` and `cache` may be touched by functions given to `run` only; everything else is constant.
+    """
+
+    engine: Engine
+    cache: KvCache
+    layout: Layout
+    arenas: list[ArenaInfo]
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self.incarnation = secrets.randbits(64)
+
+    async def start(self) -> None:
+        """Loads and probes the model and allocates the cache.
+
+        Raises:
+            InvalidRequestError, ModelNotFoundError: the model cannot be served; the message says why.
+        """
+        await self.run(self._load)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Runs a function in the device's thread. When cancelled, the function still runs to its end."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, functools.partial(function, *args, **kwargs))
+
+    def close(self) -> None:
+        """Waits for the running function and ends the thread."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def slab_view(self, kind: SlabKind, slab: int) -> memoryview:
+        """The bytes of a slab in host memory."""
+        return self.cache.block_slab(slab) if kind is SlabKind.BLOCK else self.cache.tail_slab(slab)
+
+    def capabilities(self, role: WorkerRole.ValueType, address: str) -> Capabilities:
+        """What this worker is, for the registry."""
+        writes = role == WorkerRole.WORKER_ROLE_PREFILL
+        return Capabilities(
+            worker_id=self._settings.worker_id,
+            incarnation=self.incarnation,
+            role=role,
+            address=address,
+            model=self.layout.model,
+            model_revision=self.layout.revision,
+            context_tokens=self._model.context_tokens,
+            vocab_tokens=self._model.vocab_tokens,
+            eos_token_ids=self._model.eos_token_ids,
+            readable_layouts=[self.layout.fingerprint],
+            writable_layout=self.layout.fingerprint if writes else b"",
+            layout_description=self.layout.description,
+            block_tokens=self.layout.block_tokens,
+            version=__version__,
+        )
+
+    @property
+    def context_tokens(self) -> int:
+        """Most tokens of a sequence."""
+        return self._model.context_tokens
+
+    @property
+    def vocab_tokens(self) -> int:
+        """Valid token ids lie below this."""
+        return self._model.vocab_tokens
+
+    def _load(self) -> None:
+        settings = self._settings
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        disable_progress_bar()
+        files = models.resolve(settings.model)
+        self._model = loader.load(files, settings.dtype, settings.device)
+        probe(self._model)
+        self.layout = self._model.layout(codec=settings.codec, block_tokens=settings.block_tokens)
+        self.cache = KvCache(
+            self.layout, settings.kv_blocks, settings.kv_tails, settings.sequences_max, settings.device
+        )
+        self.engine = Engine(self._model, self.cache)
+        memory_type = "DRAM" if settings.device == "cpu" else "VRAM"
+        layout, cache = self.layout, self.cache
+        self.arenas = [
+            ArenaInfo(SlabKind.BLOCK, cache.block_arena.data_ptr(), layout.block_slab_bytes, settings.kv_blocks,
+                      memory_type),
+            ArenaInfo(SlabKind.TAIL, cache.tail_arena.data_ptr(), layout.tail_slab_bytes, settings.kv_tails,
+                      memory_type),
+        ]  # fmt: skip
+        _log.info("model.loaded", model=files.name, revision=files.revision[:12], layout=layout.description)

@@ -1,0 +1,126 @@
+"""The load-time probe: does the model give the same logits through the engine as through plain transformers?
+
+A family that expresses something where we do not look (its own attention code, its mask, state besides KV) would serve
+wrong text without any error. So a model serves only after a few random sequences have given, in mixed steps of prompt
+chunks and decode rows over a small cache, the logits that the unhooked module gives for each of them alone.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from zipserve.common.errors import InvalidRequestError
+from zipserve.engine.attention import IMPLEMENTATION
+from zipserve.engine.cache import KvCache
+from zipserve.engine.engine import Engine
+from zipserve.engine.model import LoadedModel
+from zipserve.engine.sequence import Segment, Sequence
+
+BLOCK_TOKENS = 16
+STEPS = ((21, 6, 0), (1, 28, 22), (1, 1, 1))
+"""For each step the tokens of each sequence. They begin late, cross blocks from inside of one, decode beside a chunk,
+and decode at neighbouring positions, which masks made for packed rows confuse."""
+WINDOW_TOKENS = 8
+"""Wider windows are narrowed to this while the probe runs: what is checked is how a window is expressed."""
+_WINDOW_FIELDS = ("sliding_window", "attention_chunk_size")
+
+TOLERANCE = {"float32": 1e-3, "float16": 5e-2, "bfloat16": 2e-1}
+"""Greatest norm of the logits' error by norm of the logits around their mean. Mistakes are of the order of 1."""
+TOLERANCE_MAX = 0.5
+"""Where transformers' own two attentions differ (half precision, routed experts), twice that is allowed, up to this."""
+
+
+def probe(model: LoadedModel) -> None:
+    """Compares the engine with plain transformers.
+
+    Raises:
+        InvalidRequestError: the logits differ, or the context is too short to tell.
+    """
+    lengths = [sum(tokens) for tokens in zip(*STEPS, strict=True)]
+    if model.context_tokens < max(lengths):
+        raise InvalidRequestError(
+            f"model {model.name} has a context of {model.context_tokens} tokens, zipserve needs {max(lengths)}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(model.vocab_tokens, (length,), generator=generator).tolist() for length in lengths]
+    with _narrow_windows(model.module):
+        found = _through_engine(model, ids)
+        wanted = _through_transformers(model, ids, "eager")  # every family has it
+        errors = {at: _error(logits, wanted[at[0]][at[1] - 1]) for at, logits in found.items()}
+        (sequence, end), error = max(errors.items(), key=lambda item: item[1])
+        tolerance = TOLERANCE[model.dtype]
+        if error > tolerance:
+            tolerance = min(tolerance + 2 * _noise(model, ids, wanted), TOLERANCE_MAX)
+    if error > tolerance:
+        raise InvalidRequestError(
+            f"model {model.name} gives other logits through the engine than through transformers: they differ by "
+            f"{error:.2g} of their spread at token {end} of sequence {sequence} (tolerance {tolerance:.2g}); "
+            f"its family does something that zipserve does not know",
+            field="model",
+        )
+
+
+def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    error = float((found - wanted).norm() / (wanted - wanted.mean()).norm())
+    return math.inf if math.isnan(error) else error
+
+
+def _noise(model: LoadedModel, ids: list[list[int]], wanted: list[torch.Tensor]) -> float:
+    """The greatest error between the two attentions that transformers has; 0 where the family has one only."""
+    try:
+        others = _through_transformers(model, ids, "sdpa")
+    except ValueError:
+        return 0.0
+    return max(_error(*rows) for pair in zip(others, wanted, strict=True) for rows in zip(*pair, strict=True))
+
+
+def _through_engine(model: LoadedModel, ids: list[list[int]]) -> dict[tuple[int, int], torch.Tensor]:
+    """Logits by (sequence, tokens so far)."""
+    layout = model.layout(block_tokens=BLOCK_TOKENS)
+    blocks = [layout.blocks_for(len(tokens)) for tokens in ids]
+    cache = KvCache(layout, sum(blocks), 0, len(ids), model.device)
+    free = iter(range(sum(blocks)))
+    sequences = [Sequence([next(free) for _ in range(count)], slot) for slot, count in enumerate(blocks)]
+    engine = Engine(model, cache)
+    found = {}
+    for step in STEPS:
+        running = [index for index, tokens in enumerate(step) if tokens]
+        starts = [sequences[index].length for index in running]
+        segments = [
+            Segment(sequences[index], ids[index][start : start + step[index]])
+            for index, start in zip(running, starts, strict=True)
+        ]
+        for index, logits in zip(running, engine.forward(segments), strict=True):
+            found[index, sequences[index].length] = logits
+    return found
+
+
+@torch.inference_mode()
+def _through_transformers(model: LoadedModel, ids: list[list[int]], attention: str) -> list[torch.Tensor]:
+    """Logits [tokens, vocab] of each sequence by itself, with an attention of transformers over the same weights."""
+    model.module.set_attn_implementation(attention)
+    try:
+        rows = (torch.tensor([tokens], device=model.device) for tokens in ids)
+        return [model.module(input_ids=row, use_cache=False).logits[0].float() for row in rows]
+    finally:
+        model.module.set_attn_implementation(IMPLEMENTATION)
+
+
+@contextmanager
+def _narrow_windows(module: Any) -> Iterator[None]:
+    """Windows and chunks wider than the probe's sequences would never be seen to work."""
+    changed = []
+    try:
+        for holder in (module.config.get_text_config(), *module.modules()):
+            for field in _WINDOW_FIELDS:
+                width = getattr(holder, field, None)
+                if isinstance(width, int) and width > WINDOW_TOKENS:
+                    changed.append((holder, field, width))
+                    setattr(holder, field, WINDOW_TOKENS)
+        yield
+    finally:
+        for holder, field, width in changed:
+            setattr(holder, field, width)

@@ -1,0 +1,74 @@
+"""DecodeService: protos to domain and back."""
+
+from collections.abc import AsyncIterator
+
+from zipserve.common.errors import InvalidRequestError, ZipserveError
+from zipserve.common.rpc import Context
+from zipserve.common.rpc.channel import Deadline
+from zipserve.common.rpc.duration import to_duration
+from zipserve.common.sampling import Sampling
+from zipserve.decode.worker import Continuation, DecodeWorker, Finish, Stream
+from zipserve.engine.device import Device
+from zipserve.v1 import decode_service_pb2, decode_service_pb2_grpc
+
+
+class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
+    """What the router calls."""
+
+    def __init__(self, worker: DecodeWorker, device: Device, deadline_default_s: float) -> None:
+        self._worker = worker
+        self._device = device
+        self._deadline_default_s = deadline_default_s
+
+    async def Decode(
+        self, request: decode_service_pb2.DecodeRequest, context: Context
+    ) -> AsyncIterator[decode_service_pb2.DecodeResponse]:
+        deadline = Deadline.of(context, self._deadline_default_s)
+        continuation = self._continuation(request)
+        async with self._worker.stream(request.handle, continuation, deadline) as stream:
+            yield decode_service_pb2.DecodeResponse(pulled=_pulled(stream))
+            position = stream.first_position
+            while True:
+                item = await stream.output.get()
+                token_ids = []
+                while isinstance(item, int):
+                    token_ids.append(item)
+                    if stream.output.empty():
+                        break
+                    item = stream.output.get_nowait()
+                if token_ids:
+                    tokens = decode_service_pb2.DecodedTokens(position=position, token_ids=token_ids)
+                    yield decode_service_pb2.DecodeResponse(tokens=tokens)
+                    position += len(token_ids)
+                if isinstance(item, ZipserveError):
+                    raise item
+                if isinstance(item, Finish):
+                    finished = decode_service_pb2.DecodeFinished(reason=item.reason)
+                    yield decode_service_pb2.DecodeResponse(finished=finished)
+                    return
+
+    def _continuation(self, request: decode_service_pb2.DecodeRequest) -> Continuation:
+        if request.max_new_tokens < 1:
+            raise InvalidRequestError("max_new_tokens is 0, must be at least 1", field="max_new_tokens")
+        if request.token_id >= self._device.vocab_tokens:
+            raise InvalidRequestError(
+                f"token id {request.token_id} is outside the vocabulary of {self._device.vocab_tokens}",
+                field="token_id",
+            )
+        return Continuation(
+            request_id=request.request_id,
+            token_id=request.token_id,
+            sampling=Sampling.from_proto(request.sampling),
+            max_new_tokens=request.max_new_tokens,
+            stop_token_ids=frozenset(request.stop_token_ids),
+        )
+
+
+def _pulled(stream: Stream) -> decode_service_pb2.Pulled:
+    return decode_service_pb2.Pulled(
+        bytes=stream.pulled.size_bytes,
+        blocks=stream.pulled.blocks,
+        transfer_time=to_duration(stream.pulled.transfer_s),
+        verify_time=to_duration(stream.pulled.verify_s),
+        queue_time=to_duration(stream.queue_s),
+    )

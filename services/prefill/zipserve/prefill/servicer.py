@@ -1,0 +1,58 @@
+"""PrefillService: protos to domain and back."""
+
+from zipserve.common.errors import InvalidRequestError, LayoutMismatchError
+from zipserve.common.rpc import Context
+from zipserve.common.rpc.channel import Deadline
+from zipserve.common.rpc.duration import to_duration
+from zipserve.common.sampling import Sampling
+from zipserve.common.transfer.source import KvSource
+from zipserve.engine.device import Device
+from zipserve.prefill.worker import PrefillWorker
+from zipserve.v1 import prefill_service_pb2, prefill_service_pb2_grpc
+
+
+class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
+    """What the router calls."""
+
+    def __init__(self, worker: PrefillWorker, source: KvSource, device: Device, deadline_default_s: float) -> None:
+        self._worker = worker
+        self._source = source
+        self._device = device
+        self._deadline_default_s = deadline_default_s
+
+    async def Prefill(
+        self, request: prefill_service_pb2.PrefillRequest, context: Context
+    ) -> prefill_service_pb2.PrefillResponse:
+        self._check(request)
+        deadline = Deadline.of(context, self._deadline_default_s)
+        deadline.remaining_s()
+        sampling = Sampling.from_proto(request.sampling)
+        done = await self._worker.prefill(request.request_id, list(request.token_ids), sampling, deadline.at_s)
+        return prefill_service_pb2.PrefillResponse(
+            token_id=done.token_id,
+            handle=done.handle,
+            queue_time=to_duration(done.queue_s),
+            compute_time=to_duration(done.compute_s),
+        )
+
+    async def ReleaseHandle(
+        self, request: prefill_service_pb2.ReleaseHandleRequest, context: Context
+    ) -> prefill_service_pb2.ReleaseHandleResponse:
+        self._source.release_handle(request.handle)
+        return prefill_service_pb2.ReleaseHandleResponse()
+
+    def _check(self, request: prefill_service_pb2.PrefillRequest) -> None:
+        count, limit = len(request.token_ids), self._device.context_tokens
+        if not 0 < count < limit:
+            raise InvalidRequestError(f"the prompt has {count} tokens, must have 1 to {limit - 1}", field="token_ids")
+        largest = max(request.token_ids)
+        if largest >= self._device.vocab_tokens:
+            raise InvalidRequestError(
+                f"token id {largest} is outside the vocabulary of {self._device.vocab_tokens}", field="token_ids"
+            )
+        layout = self._device.layout
+        if request.layout_fingerprint != layout.fingerprint:
+            raise LayoutMismatchError(
+                f"asked for layout {request.layout_fingerprint.hex()[:16]}, this worker writes "
+                f"{layout.fingerprint.hex()[:16]} ({layout.description})"
+            )

@@ -1,0 +1,36 @@
+"""Settings of the router."""
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from zipserve.common.models import DEFAULT_MODEL
+from zipserve.common.settings import ServiceSettings
+
+
+class RouterSettings(ServiceSettings):
+    """Settings of the router; see `ServiceSettings` for the shared ones."""
+
+    model_config = SettingsConfigDict(env_prefix="ZIPSERVE_ROUTER_")
+
+    model: str = DEFAULT_MODEL
+    """Model to serve: a folder, a Hugging Face id, or the default model's name; the same as the workers'."""
+    requests_max: int = Field(256, ge=1)
+    """Most requests in flight; more are refused with RESOURCE_EXHAUSTED."""
+    queue_tokens_max: int = Field(1 << 19, ge=1)
+    """Most tokens of all requests in flight, each counted as prompt plus max_tokens."""
+    completion_tokens_max: int = Field(1 << 15, ge=1)
+    """Largest max_tokens that a request may ask for."""
+    completion_tokens_default: int = Field(1024, ge=1)
+    """max_tokens of a request that leaves it unset; less where the model's context ends before."""
+    stop_strings_max: int = Field(16, ge=0)
+    """Most stop strings of a request."""
+    stop_string_chars_max: int = Field(256, ge=1)
+    """Longest stop string, in characters."""
+    stop_token_ids_max: int = Field(256, ge=0)
+    """Most stop token ids of a request."""
+    deadline_default_s: float = Field(600.0, gt=0.0)
+    """Longest time for a request, in seconds: its deadline where the client sets none or a later one."""
+    worker_wait_s: float = Field(30.0, ge=0.0)
+    """How long a request waits for a pair of workers that can serve it, in seconds."""
+    attempts_max: int = Field(8, ge=1)
+    """Most attempts of a request in a row that get no further than the prompt; then its last error is returned."""

@@ -1,0 +1,247 @@
+"""A request from arrival to its last event: check, admit, run, report.
+
+Every wait lies within the request's deadline, a wait for the client to read included.
+"""
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from zipserve.common import log
+from zipserve.common.errors import DeadlineError, DrainingError, InvalidRequestError, ModelNotFoundError, ZipserveError
+from zipserve.common.metrics import Metrics
+from zipserve.common.models import ModelFiles
+from zipserve.common.rpc.channel import Deadline
+from zipserve.common.sampling import Sampling
+from zipserve.router.admission import Admission, Ticket
+from zipserve.router.config import RouterSettings
+from zipserve.router.facts import ModelFacts
+from zipserve.router.job import Job, check_prompt, check_stop, completion_tokens
+from zipserve.router.policy import InFlight, Need
+from zipserve.router.session import Report, Rules, Session, Workers
+from zipserve.router.tokenizer import PromptTokenizer
+from zipserve.router.transcript import Chunk, Transcript
+from zipserve.v1.inference_service_pb2 import GenerateRequest
+from zipserve.v1.sampling_pb2 import FinishReason
+
+_log = log.get()
+
+
+@dataclass(frozen=True)
+class Started:
+    """The request was admitted."""
+
+    job: Job
+    model: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The generation ended. Times in seconds."""
+
+    reason: FinishReason.ValueType
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_s: float
+    decode_s: float
+    report: Report
+
+
+Event = Started | Chunk | Finished
+
+
+@dataclass
+class _Trace:
+    """What the log line of a request is made of, as far as it came."""
+
+    arrived_s: float
+    outcome: str = "CANCELLED"
+    job: Job | None = None
+    transcript: Transcript | None = None
+    session: Session | None = None
+
+
+class Frontend:
+    """Serves requests for one model."""
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        model: ModelFiles,
+        facts: ModelFacts,
+        tokenizer: PromptTokenizer,
+        workers: Workers,
+        metrics: Metrics,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.draining = False
+        self._settings = settings
+        self._own_facts = facts
+        self._tokenizer = tokenizer
+        self._workers = workers
+        self._metrics = metrics
+        self._now = now
+        self._admission = Admission(settings.requests_max, settings.queue_tokens_max)
+        self._in_flight = InFlight()
+        self._rules = Rules(settings.worker_wait_s, settings.attempts_max)
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def requests(self) -> int:
+        """Requests in flight."""
+        return self._admission.requests
+
+    async def idle(self) -> None:
+        """Returns when no request is in flight."""
+        await self._idle.wait()
+
+    def facts(self) -> ModelFacts:
+        """Limits of the model: what the workers say, or its own files while none is up."""
+        own = self._own_facts
+        context_tokens, eos = own.context_tokens, own.eos_token_ids
+        for workers in (self._workers.prefills(), self._workers.decodes()):
+            same = [w for w in workers if (w.model, w.revision) == (self.model.name, self.model.revision)]
+            if same:
+                longest = max(same, key=lambda w: w.context_tokens)
+                context_tokens = min(context_tokens, longest.context_tokens)
+                eos = longest.eos_token_ids or eos
+        return replace(own, context_tokens=context_tokens, eos_token_ids=eos)
+
+    async def generate(
+        self, request: GenerateRequest, request_id: str, deadline: Deadline
+    ) -> AsyncGenerator[Event, None]:
+        """Answers a request. Closing the generator cancels everything behind it.
+
+        Raises:
+            ZipserveError: it cannot be answered.
+        """
+        trace = _Trace(self._now())
+        limit = asyncio.timeout(deadline.remaining_s())
+        try:
+            try:
+                async with limit, aclosing(self._generate(request, request_id, deadline, trace)) as events:
+                    async for event in events:
+                        yield event
+            finally:
+                # Here, and not in an except: the deadline of a reader that does not read shows as GeneratorExit.
+                if limit.expired():
+                    raise DeadlineError("the deadline has passed")
+        except ZipserveError as error:
+            trace.outcome = error.reason
+            raise
+        finally:
+            self._log_finished(request_id, trace)
+
+    async def _generate(
+        self, request: GenerateRequest, request_id: str, deadline: Deadline, trace: _Trace
+    ) -> AsyncGenerator[Event, None]:
+        if self.draining:
+            raise DrainingError("this router is going away and takes no new requests")
+        ticket = self._admission.enter(self._now())
+        self._idle.clear()
+        try:
+            with self._metrics.running_requests.track_inprogress():
+                job = trace.job = await self._check(request, request_id, ticket)
+                self._metrics.prompt_tokens.inc(len(job.prompt))
+                yield Started(job, self.model.name)
+                async with aclosing(self._run(job, deadline, trace)) as events:
+                    async for event in events:
+                        yield event
+        finally:
+            self._admission.leave(ticket, self._now())
+            if not self._admission.requests:
+                self._idle.set()
+
+    async def _check(self, request: GenerateRequest, request_id: str, ticket: Ticket) -> Job:
+        if request.model not in ("", self.model.name):
+            raise ModelNotFoundError(f"model {request.model[:128]!r} is not served; served: {self.model.name}")
+        facts = self.facts()
+        sampling = Sampling.from_proto(request.sampling, default_seed=secrets.randbits(64))
+        check_stop(request.stop, facts, self._settings)
+        prompt = await self._encode(request)
+        check_prompt(prompt, facts)
+        max_tokens = completion_tokens(request.stop, len(prompt), facts, self._settings)
+        eos = frozenset[int]() if request.stop.ignore_eos else facts.eos_token_ids
+        job = Job(
+            request_id=request_id,
+            prompt=tuple(prompt),
+            sampling=sampling,
+            max_tokens=max_tokens,
+            stop=tuple(request.stop.stop),
+            stop_token_ids=eos.union(request.stop.stop_token_ids),
+        )
+        self._admission.reserve(ticket, job.tokens_max, self._now())
+        return job
+
+    async def _encode(self, request: GenerateRequest) -> list[int]:
+        match request.WhichOneof("prompt"):
+            case "text":
+                return await self._tokenizer.encode_text(request.text)
+            case "chat":
+                return await self._tokenizer.encode_chat(request.chat.messages)
+            case "token_ids":
+                return list(request.token_ids.ids)
+            case _:
+                raise InvalidRequestError("there is no prompt: set text, chat or token_ids", field="prompt")
+
+    async def _run(self, job: Job, deadline: Deadline, trace: _Trace) -> AsyncGenerator[Chunk | Finished, None]:
+        transcript = trace.transcript = Transcript(job, self._tokenizer.detokenizer())
+        session = trace.session = Session(
+            job=job,
+            need=Need(self.model.name, self.model.revision, job.tokens_max),
+            transcript=transcript,
+            workers=self._workers,
+            in_flight=self._in_flight,
+            deadline=deadline,
+            rules=self._rules,
+            metrics=self._metrics,
+            now=self._now,
+        )
+        started = False
+        async with aclosing(session.run()) as chunks:
+            async for chunk in chunks:
+                if not started:
+                    started = True
+                    self._metrics.first_token_seconds.observe(self._now() - trace.arrived_s)
+                yield chunk
+        assert transcript.finish is not None
+        trace.outcome = FinishReason.Name(transcript.finish).removeprefix("FINISH_REASON_")
+        report = session.report
+        first_s, last_s = report.first_token_at_s or trace.arrived_s, report.last_token_at_s or trace.arrived_s
+        yield Finished(
+            reason=transcript.finish,
+            prompt_tokens=len(job.prompt),
+            completion_tokens=len(transcript.token_ids),
+            first_token_s=first_s - trace.arrived_s,
+            decode_s=last_s - first_s,
+            report=report,
+        )
+
+    def _log_finished(self, request_id: str, trace: _Trace) -> None:
+        now_s = self._now()
+        values: dict[str, object] = {"reason": trace.outcome, "seconds": round(now_s - trace.arrived_s, 4)}
+        if trace.job is not None:
+            values |= {"prompt_tokens": len(trace.job.prompt), "max_tokens": trace.job.max_tokens}
+        if trace.transcript is not None and trace.session is not None:
+            report = trace.session.report
+            completion_tokens = len(trace.transcript.token_ids)
+            self._metrics.generated_tokens.inc(completion_tokens)
+            values |= {
+                "completion_tokens": completion_tokens,
+                "replays": report.replays,
+                "queue_s": round(report.queue_s, 4),
+                "prefill_s": round(report.prefill_s, 4),
+                "transfer_s": round(report.transfer_s, 4),
+                "kv_bytes": report.kv_bytes,
+                "prefill_worker": report.prefill_worker,
+                "decode_worker": report.decode_worker,
+            }
+            if report.first_token_at_s is not None and report.last_token_at_s is not None:
+                values["first_token_s"] = round(report.first_token_at_s - trace.arrived_s, 4)
+                values["decode_s"] = round(report.last_token_at_s - report.first_token_at_s, 4)
+        _log.info("request.finished", request_id=request_id, model=self.model.name, **values)

@@ -1,0 +1,159 @@
+"""Which workers serve a request: filter, score, pick, over plain records.
+
+A worker's own numbers are a heartbeat old, but count the work of all routers; what this router has sent there and not
+seen end is fresh, but counts only its own. The larger of the two is taken, so that requests that arrive together see
+each other, and one that has just ended is not counted for long. Equal workers take turns.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+WorkerKey = tuple[str, int]
+"""Worker id and incarnation: a restarted worker is another one."""
+
+_REMEMBERED_PICKS = 4096
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One worker, as far as routing cares."""
+
+    worker_id: str
+    incarnation: int
+    address: str
+    model: str
+    revision: str
+    context_tokens: int
+    readable_layouts: frozenset[bytes] = frozenset()
+    writable_layout: bytes = b""
+    layout_description: str = ""
+    queued_requests: int = 0
+    queued_tokens: int = 0
+    running_requests: int = 0
+    free_blocks: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def key(self) -> WorkerKey:
+        """Identity of this life of the worker."""
+        return self.worker_id, self.incarnation
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Who computes the prompt and who continues it."""
+
+    prefill: Worker
+    decode: Worker
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a pair of workers must offer."""
+
+    model: str
+    revision: str
+    tokens: int
+    """Tokens of prompt and completion together."""
+
+    def met_by(self, worker: Worker) -> bool:
+        """Whether a worker can serve this at all."""
+        return (worker.model, worker.revision) == (self.model, self.revision) and worker.context_tokens >= self.tokens
+
+
+@dataclass
+class InFlight:
+    """What this router has sent to each worker and not seen end."""
+
+    prefill_tokens: Counter[WorkerKey] = field(default_factory=Counter)
+    decode_requests: Counter[WorkerKey] = field(default_factory=Counter)
+    _picks: int = 0
+    _last_pick: dict[WorkerKey, int] = field(default_factory=dict)
+
+    @contextmanager
+    def prefilling(self, worker: Worker, tokens: int) -> Iterator[None]:
+        """Counts a prompt while the context is open."""
+        with _counted(self.prefill_tokens, worker.key, tokens):
+            yield
+
+    @contextmanager
+    def decoding(self, worker: Worker) -> Iterator[None]:
+        """Counts a sequence while the context is open."""
+        with _counted(self.decode_requests, worker.key, 1):
+            yield
+
+    def picked(self, pair: Pair) -> None:
+        """Remembers whose turn it was."""
+        self._picks += 1
+        for worker in (pair.prefill, pair.decode):
+            self._last_pick.pop(worker.key, None)
+            self._last_pick[worker.key] = self._picks
+        while len(self._last_pick) > _REMEMBERED_PICKS:
+            del self._last_pick[next(iter(self._last_pick))]
+
+    def last_pick(self, worker: Worker) -> int:
+        """Number of the last pick of a worker; 0 when it was never picked."""
+        return self._last_pick.get(worker.key, 0)
+
+
+@contextmanager
+def _counted(counter: Counter[WorkerKey], key: WorkerKey, amount: int) -> Iterator[None]:
+    counter[key] += amount
+    try:
+        yield
+    finally:
+        counter[key] -= amount
+        if not counter[key]:
+            del counter[key]
+
+
+def choose(
+    prefills: Sequence[Worker],
+    decodes: Sequence[Worker],
+    need: Need,
+    in_flight: InFlight,
+    failed: Collection[WorkerKey] = (),
+) -> Pair | None:
+    """The best pair, or None when there is none.
+
+    Prefill: fewest outstanding tokens. Decode: fewest outstanding requests, then most free blocks. Ties: whose last
+    turn is longest ago, then the id. Workers that `failed` in this request are taken only when no others are left.
+    """
+    prefills = [worker for worker in prefills if need.met_by(worker) and worker.writable_layout]
+    decodes = [worker for worker in decodes if need.met_by(worker)]
+    best_decode: dict[bytes, Worker] = {}
+    for layout in {worker.writable_layout for worker in prefills}:
+        readers = [worker for worker in decodes if layout in worker.readable_layouts]
+        if readers:
+            best_decode[layout] = min(readers, key=lambda w: (w.key in failed, *_decode_score(w, in_flight)))
+    pairs = [Pair(w, best_decode[w.writable_layout]) for w in prefills if w.writable_layout in best_decode]
+    return min(pairs, key=lambda pair: _pair_score(pair, in_flight, failed), default=None)
+
+
+def _pair_score(pair: Pair, in_flight: InFlight, failed: Collection[WorkerKey]) -> tuple[int, int, int, str]:
+    failures = (pair.prefill.key in failed) + (pair.decode.key in failed)
+    tokens = max(pair.prefill.queued_tokens, in_flight.prefill_tokens[pair.prefill.key])
+    return failures, tokens, in_flight.last_pick(pair.prefill), pair.prefill.worker_id
+
+
+def _decode_score(worker: Worker, in_flight: InFlight) -> tuple[int, int, int, str]:
+    requests = max(worker.running_requests + worker.queued_requests, in_flight.decode_requests[worker.key])
+    return requests, -worker.free_blocks, in_flight.last_pick(worker), worker.worker_id
+
+
+def missing(prefills: Sequence[Worker], decodes: Sequence[Worker], need: Need) -> str:
+    """Why `choose` finds no pair, for people."""
+    for role, workers in (("prefill", prefills), ("decode", decodes)):
+        if not workers:
+            return f"no {role} worker is alive"
+        same = [w for w in workers if (w.model, w.revision) == (need.model, need.revision)]
+        if not same:
+            others = sorted({f"{w.model}@{w.revision[:12]}" for w in workers})
+            return f"no {role} worker serves {need.model}@{need.revision[:12]}, they serve {', '.join(others)}"
+        if not any(need.met_by(w) for w in same):
+            longest = max(w.context_tokens for w in same)
+            return f"no {role} worker takes {need.tokens} tokens, the longest context is {longest}"
+    written = sorted({w.layout_description or w.writable_layout.hex()[:12] or "none" for w in prefills})
+    return f"no decode worker reads what the prefill workers write (layouts: {', '.join(written)})"

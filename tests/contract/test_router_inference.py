@@ -1,0 +1,387 @@
+"""The router alone: real gRPC, real registry, fake workers. Every RPC, and every way in which a request is refused."""
+
+import asyncio
+import math
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import router_model
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_status import rpc_status
+from inprocess import SECRET, running
+from router_peers import Peer, serving, text_at, token_at, until
+
+from zipserve.common.models import ModelFiles, resolve
+from zipserve.router.config import RouterSettings
+from zipserve.router.service import RouterService
+from zipserve.v1.inference_service_pb2 import (
+    ChatMessage,
+    ChatPrompt,
+    Finished,
+    GenerateRequest,
+    GenerateResponse,
+    ListModelsRequest,
+    Model,
+    Started,
+    TokenIds,
+)
+from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
+from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopConditions
+from zipserve.v1.worker_service_pb2 import WorkerRole
+
+GENERATE = "/zipserve.v1.InferenceService/Generate"
+PROMPT = TokenIds(ids=[3] * 10)
+STOP, LENGTH = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return resolve(str(router_model.write(tmp_path_factory.mktemp("models") / "tiny")))
+
+
+@dataclass
+class Cluster:
+    """A router and its fake workers; more can be added."""
+
+    settings: RouterSettings
+    model: ModelFiles
+    stack: AsyncExitStack
+    service: RouterService
+    address: str
+    channel: grpc.aio.Channel
+    stub: Any
+
+    async def add(self, name: str, **script: Any) -> Peer:
+        """Adds a worker; `p…` prefills, `d…` decodes. Returns when the router knows it."""
+        role = WorkerRole.WORKER_ROLE_PREFILL if name[0] == "p" else WorkerRole.WORKER_ROLE_DECODE
+        peer = await self.stack.enter_async_context(serving(Peer(name, self.model, role, **script), self.settings))
+        await self.knows(name)
+        return peer
+
+    async def knows(self, name: str) -> None:
+        workers = self.service._workers
+        assert workers is not None
+        await until(lambda: name in {w.worker_id for w in workers.prefills() + workers.decodes()})
+
+    def generate(self, *, timeout: float | None = 20.0, metadata: Any = None, **request: Any) -> Any:
+        request.setdefault("token_ids", PROMPT) if "text" not in request and "chat" not in request else None
+        return self.stub.Generate(GenerateRequest(**request), timeout=timeout, metadata=metadata)
+
+    @property
+    def requests(self) -> int:
+        frontend = self.service._frontend
+        assert frontend is not None
+        return frontend.requests
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as stack:
+        yield stack
+
+
+async def build(stack: AsyncExitStack, model: ModelFiles, redis_url: str, **settings: Any) -> Cluster:
+    values = {
+        "cluster": uuid.uuid4().hex,
+        "redis_url": redis_url,
+        "secret": SECRET,
+        "model": str(model.folder),
+        "heartbeat_s": 0.05,
+        "worker_wait_s": 0.2,
+        "drain_s": 5.0,
+    }
+    own = RouterSettings.model_validate({**values, **settings})
+    service = RouterService(own)
+    address = await stack.enter_async_context(running(service, own))
+    channel = await stack.enter_async_context(grpc.aio.insecure_channel(address))
+    return Cluster(own, model, stack, service, address, channel, InferenceServiceStub(channel))
+
+
+@pytest.fixture
+async def alone(stack: AsyncExitStack, model: ModelFiles, redis_url: str) -> Cluster:
+    """A router without workers."""
+    return await build(stack, model, redis_url)
+
+
+@pytest.fixture
+async def cluster(alone: Cluster) -> Cluster:
+    """A router with one prefill and one decode worker."""
+    await alone.add("p0")
+    await alone.add("d0")
+    return alone
+
+
+@dataclass
+class Answer:
+    started: Started
+    token_ids: list[int]
+    text: str
+    finished: Finished
+
+
+def collect(responses: list[GenerateResponse]) -> Answer:
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds == ["started", *["delta"] * (len(kinds) - 2), "finished"]
+    token_ids: list[int] = []
+    text = ""
+    for response in responses[1:-1]:
+        assert response.delta.index == len(token_ids)
+        token_ids += response.delta.token_ids
+        text += response.delta.text
+    assert responses[-1].finished.usage.completion_tokens == len(token_ids)
+    return Answer(responses[0].started, token_ids, text, responses[-1].finished)
+
+
+async def answer(call: Any) -> Answer:
+    return collect([response async for response in call])
+
+
+@dataclass
+class Refusal:
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    field: str
+    retry_s: float | None
+
+
+async def refusal(call: Any) -> Refusal:
+    """The error that a call ends with, with its google.rpc details."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:
+            pass
+    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
+    assert status is not None, caught.value
+    info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+    found = {type(d): detail.Unpack(d) for d in (info, bad, retry) for detail in status.details if detail.Is(d.DESCRIPTOR)}
+    assert found[error_details_pb2.ErrorInfo]
+    assert info.domain == "zipserve"
+    return Refusal(
+        caught.value.code(),
+        caught.value.details() or "",
+        info.reason,
+        bad.field_violations[0].field if bad.field_violations else "",
+        retry.retry_delay.ToTimedelta().total_seconds() if error_details_pb2.RetryInfo in found else None,
+    )
+
+
+async def test_generate_from_token_ids(cluster: Cluster) -> None:
+    result = await answer(cluster.generate(stop=StopConditions(max_tokens=7), sampling=SamplingParams(seed=5)))
+    assert result.token_ids == [token_at(10 + i) for i in range(7)]
+    assert result.text == text_at(10, 7)
+    assert (result.started.model, result.started.prompt_tokens, result.started.seed) == ("tiny", 10, 5)
+    finished = result.finished
+    assert (finished.reason, finished.usage.prompt_tokens, finished.usage.replays) == (LENGTH, 10, 0)
+    assert (finished.timings.queue.ToMilliseconds(), finished.timings.prefill.ToMilliseconds()) == (250, 500)
+    assert finished.timings.transfer.ToMilliseconds() == 250
+    assert finished.timings.first_token.ToNanoseconds() > 0
+    assert finished.timings.decode.ToNanoseconds() > 0
+    kv = finished.kv_transfer
+    assert (kv.bytes, kv.blocks, kv.tokens) == (4096, 1, 10)
+
+
+async def test_what_the_workers_are_asked(alone: Cluster) -> None:
+    prefill, decode = await alone.add("p0"), await alone.add("d0")
+    stop = StopConditions(max_tokens=7, stop_token_ids=[9])
+    await answer(alone.generate(stop=stop, metadata=[("x-request-id", "mine-1")], sampling=SamplingParams(top_k=3)))
+    asked, continued = prefill.requests[0], decode.requests[0]
+    assert (asked.request_id, continued.request_id) == ("mine-1", "mine-1")
+    assert [m["x-request-id"] for m in (prefill.metadata[0], decode.metadata[0])] == ["mine-1", "mine-1"]
+    assert list(asked.token_ids) == list(PROMPT.ids)  # type: ignore[union-attr]
+    assert asked.layout_fingerprint == b"layout A"  # type: ignore[union-attr]
+    assert asked.sampling == continued.sampling
+    assert asked.sampling.HasField("seed")
+    assert (asked.sampling.top_k, asked.sampling.temperature) == (3, 1.0)
+    assert continued.handle.mac == b"signed"  # type: ignore[union-attr]
+    assert (continued.token_id, continued.max_new_tokens) == (token_at(10), 6)  # type: ignore[union-attr]
+    assert list(continued.stop_token_ids) == [2, 9]  # type: ignore[union-attr]
+    assert all(0 < timeout_s <= 20 for timeout_s in prefill.timeouts_s + decode.timeouts_s)
+
+
+async def test_text_and_chat(cluster: Cluster) -> None:
+    text = await answer(cluster.generate(text="héllo", stop=StopConditions(max_tokens=2)))
+    assert text.started.prompt_tokens == 6
+    chat = ChatPrompt(messages=[ChatMessage(role="user", content="x")])
+    assert (await answer(cluster.generate(chat=chat, stop=StopConditions(max_tokens=2)))).started.prompt_tokens == 19
+
+
+async def test_seeds_are_drawn_and_reported(cluster: Cluster) -> None:
+    results = [await answer(cluster.generate(stop=StopConditions(max_tokens=1))) for _ in range(2)]
+    assert results[0].started.seed != results[1].started.seed
+
+
+@pytest.mark.parametrize("given", ["", "with space", "x" * 129])
+async def test_a_bad_request_id_is_replaced(cluster: Cluster, given: str) -> None:
+    call = cluster.generate(stop=StopConditions(max_tokens=1), metadata=[("x-request-id", given)])
+    assert uuid.UUID((await answer(call)).started.request_id)
+
+
+async def test_eos_ends_and_counts(alone: Cluster) -> None:
+    await alone.add("p0", end_at=13)
+    await alone.add("d0", end_at=13)
+    result = await answer(alone.generate(stop=StopConditions(max_tokens=50)))
+    assert (result.finished.reason, result.token_ids[-1], len(result.token_ids)) == (STOP, 2, 4)
+    assert result.text == text_at(10, 3)
+    ignoring = await answer(alone.generate(stop=StopConditions(max_tokens=50, ignore_eos=True)))
+    assert (ignoring.finished.reason, len(ignoring.token_ids)) == (LENGTH, 50)
+
+
+async def test_a_first_token_that_ends_releases_the_handle(alone: Cluster) -> None:
+    prefill, decode = await alone.add("p0", end_at=10), await alone.add("d0")
+    result = await answer(alone.generate())
+    assert (result.finished.reason, result.token_ids, result.text) == (STOP, [2], "")
+    async with asyncio.timeout(5):
+        await prefill.changed.wait()
+    assert prefill.released == list(prefill.issued)
+    assert decode.requests == []
+
+
+async def test_a_stop_string_ends_the_stream_and_the_decode(alone: Cluster) -> None:
+    await alone.add("p0")
+    decode = await alone.add("d0")
+    stop = text_at(14, 3)
+    result = await answer(alone.generate(stop=StopConditions(max_tokens=400, stop=[stop])))
+    assert (result.finished.reason, result.text) == (STOP, text_at(10, 4))
+    assert result.token_ids == [token_at(10 + i) for i in range(7)]
+    async with asyncio.timeout(5):
+        await decode.cancelled.wait()
+
+
+async def test_max_tokens_defaults_to_what_fits(cluster: Cluster) -> None:
+    result = await answer(cluster.generate(token_ids=TokenIds(ids=[3] * 500)))
+    assert (len(result.token_ids), result.finished.reason) == (12, LENGTH)
+
+
+async def test_list_models(alone: Cluster) -> None:
+    models = (await alone.stub.ListModels(ListModelsRequest())).models
+    assert list(models) == [Model(id="tiny", revision=alone.model.revision, context_tokens=512)]
+
+
+async def test_health(alone: Cluster) -> None:
+    health = health_pb2_grpc.HealthStub(alone.channel)  # type: ignore[no-untyped-call]
+    for name in ("", "zipserve.v1.InferenceService"):
+        assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == 1
+
+
+NAN = math.nan
+INVALID: list[tuple[dict[str, Any], str, str]] = [
+    ({"token_ids": TokenIds()}, "prompt", "the prompt is empty"),
+    ({"text": ""}, "prompt", "the prompt is empty"),
+    ({"text": "x" * 512}, "prompt", "512 tokens; with at least one to generate it must stay within .* 512"),
+    ({"token_ids": TokenIds(ids=[3] * 600)}, "prompt", "600 tokens"),
+    ({"token_ids": TokenIds(ids=[3, 259])}, "token_ids.ids[1]", "259, must lie below the vocabulary's size of 259"),
+    ({"chat": ChatPrompt()}, "chat.messages", "needs at least one"),
+    ({"chat": ChatPrompt(messages=[ChatMessage(role="ghost")])}, "chat.messages", "unknown role ghost"),
+    ({"chat": ChatPrompt(messages=[ChatMessage(role="")])}, "chat.messages[0].role", "role is ''"),
+    ({"stop": StopConditions(max_tokens=0)}, "stop.max_tokens", "is 0, must be 1 to 32768"),
+    ({"stop": StopConditions(max_tokens=503)}, "stop.max_tokens", "10 tokens and .* 503 are 513 .* context is 512"),
+    ({"stop": StopConditions(stop=["x"] * 17)}, "stop.stop", "17 strings, at most 16"),
+    ({"stop": StopConditions(stop=["x" * 257])}, "stop.stop[0]", "257 characters, must have 1 to 256"),
+    ({"stop": StopConditions(stop=[""])}, "stop.stop[0]", "0 characters"),
+    ({"stop": StopConditions(stop_token_ids=[259])}, "stop.stop_token_ids[0]", "below the vocabulary's size"),
+    ({"sampling": SamplingParams(temperature=NAN)}, "sampling.temperature", "nan"),
+    ({"sampling": SamplingParams(temperature=-1)}, "sampling.temperature", "-1"),
+    ({"sampling": SamplingParams(temperature=math.inf)}, "sampling.temperature", "inf"),
+    ({"sampling": SamplingParams(top_p=NAN)}, "sampling.top_p", "nan"),
+    ({"sampling": SamplingParams(top_p=0)}, "sampling.top_p", "0"),
+]
+
+
+async def test_invalid_requests(alone: Cluster) -> None:
+    """They are refused while no worker is up, and leave nothing behind."""
+    for request, field, message in INVALID:
+        with pytest.MonkeyPatch.context():
+            refused = await refusal(alone.generate(**request))
+        assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"), request
+        assert refused.field == field, request
+        assert __import__("re").search(message, refused.message), refused.message
+    assert alone.requests == 0
+
+
+async def test_no_prompt(alone: Cluster) -> None:
+    refused = await refusal(alone.stub.Generate(GenerateRequest()))
+    assert (refused.code, refused.field) == (grpc.StatusCode.INVALID_ARGUMENT, "prompt")
+
+
+async def test_unknown_model(alone: Cluster) -> None:
+    refused = await refusal(alone.generate(model="gpt-9"))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.NOT_FOUND, "MODEL_NOT_FOUND")
+    assert refused.message == "model 'gpt-9' is not served; served: tiny"
+
+
+async def test_malformed_bytes(alone: Cluster) -> None:
+    call = alone.channel.unary_stream(GENERATE, request_serializer=None, response_deserializer=None)
+    refused = await refusal(call(b"\xff\xff\xff no message", timeout=10))
+    assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
+
+
+async def test_a_message_of_10_mb(alone: Cluster) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answer(alone.generate(text="x" * 10_000_000))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "larger than max" in (caught.value.details() or "")
+    assert await alone.stub.ListModels(ListModelsRequest())  # and the router goes on
+
+
+async def test_a_long_prompt_does_not_stop_the_others(alone: Cluster) -> None:
+    long = asyncio.create_task(refusal(alone.generate(text="word " * 200_000)))
+    served = 0
+    while not long.done():
+        await alone.stub.ListModels(ListModelsRequest())
+        served += 1
+    assert (await long).field == "prompt"
+    assert served > 10
+
+
+async def test_no_worker(alone: Cluster) -> None:
+    refused = await refusal(alone.generate())
+    assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "NO_WORKER")
+    assert refused.message == "no prefill worker is alive"
+    await alone.add("p0")
+    assert (await refusal(alone.generate())).message == "no decode worker is alive"
+
+
+async def test_layouts_that_do_not_fit(alone: Cluster) -> None:
+    await alone.add("p0")
+    await alone.add("d0", layout=b"layout B")
+    refused = await refusal(alone.generate())
+    assert refused.reason == "NO_WORKER"
+    assert "no decode worker reads what the prefill workers write (layouts: a fake layout)" in refused.message
+
+
+async def test_too_many_requests(stack: AsyncExitStack, model: ModelFiles, redis_url: str) -> None:
+    cluster = await build(stack, model, redis_url, requests_max=1, queue_tokens_max=100, worker_wait_s=20)
+    waiting = cluster.generate(stop=StopConditions(max_tokens=10))
+    assert (await waiting.read()).WhichOneof("event") == "started"
+    refused = await refusal(cluster.generate())
+    assert (refused.code, refused.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED")
+    assert refused.message == "1 requests are in flight, 1 is the limit"
+    assert refused.retry_s == 1.0
+    waiting.cancel()
+    await until(lambda: cluster.requests == 0)
+    refused = await refusal(cluster.generate(stop=StopConditions(max_tokens=91)))
+    assert refused.message == "prompt and max_tokens are 101 tokens, this router admits at most 100"
+
+
+async def test_too_many_tokens(stack: AsyncExitStack, model: ModelFiles, redis_url: str) -> None:
+    cluster = await build(stack, model, redis_url, queue_tokens_max=100, worker_wait_s=20)
+    waiting = cluster.generate(stop=StopConditions(max_tokens=50))
+    assert (await waiting.read()).WhichOneof("event") == "started"
+    refused = await refusal(cluster.generate(stop=StopConditions(max_tokens=50)))
+    assert refused.reason == "OVERLOADED"
+    assert refused.message == "the request needs 60 tokens, 60 of 100 are in flight"
+    waiting.cancel()
+
+
+async def test_unknown_method(alone: Cluster) -> None:
+    call = alone.channel.unary_unary("/zipserve.v1.InferenceService/Nothing")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call(b"")
+    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED

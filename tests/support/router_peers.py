@@ -1,0 +1,194 @@
+"""Prefill and decode workers as the router sees them: real gRPC, real heartbeats, tokens by rule, faults by script.
+
+The token at a position is the same whoever makes it (`token_at`), so that a test can tell a lost or repeated one.
+"""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from inprocess import running
+from router_model import CONTEXT_TOKENS, EOS
+
+from zipserve.common.metrics import Metrics
+from zipserve.common.models import ModelFiles
+from zipserve.common.rpc import Context
+from zipserve.common.rpc.duration import to_duration
+from zipserve.common.settings import ServiceSettings
+from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeFinished, DecodeRequest, DecodeResponse, Pulled
+from zipserve.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
+from zipserve.v1.kv_pb2 import KvHandle
+from zipserve.v1.prefill_service_pb2 import (
+    PrefillRequest,
+    PrefillResponse,
+    ReleaseHandleRequest,
+    ReleaseHandleResponse,
+)
+from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
+from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
+
+VOCAB_TOKENS = 259
+_FIRST_LETTER = 3 + ord("a") - ord("!")  # the byte tokenizer's ids of ASCII follow each other from "!" on, after specials
+
+
+def token_at(position: int) -> int:
+    """A letter, in turn."""
+    return _FIRST_LETTER + position % 26
+
+
+def text_at(position: int, count: int) -> str:
+    """Text of the tokens from a position on."""
+    return "".join(chr(ord("a") + p % 26) for p in range(position, position + count))
+
+
+async def nothing(_: object) -> None:
+    """The script of a worker that works."""
+
+
+@dataclass
+class Peer:
+    """One fake worker; a `zipserve.common.rpc.server.Service`."""
+
+    name: str
+    model: ModelFiles
+    role: WorkerRole.ValueType
+    before: Callable[[object], Awaitable[None]] = nothing
+    """Awaited at the start of every call; raises to fail it."""
+    at_token: Callable[[object], Awaitable[None]] = nothing
+    """Awaited with the position before every decoded token; raises to fail there."""
+    end_at: int = 1 << 30
+    """Position at which the model ends a sequence."""
+    metrics: Metrics = field(default_factory=Metrics)
+    requests: list[PrefillRequest | DecodeRequest] = field(default_factory=list)
+    metadata: list[dict[str, str]] = field(default_factory=list)
+    timeouts_s: list[float] = field(default_factory=list)
+    issued: set[bytes] = field(default_factory=set)
+    released: list[bytes] = field(default_factory=list)
+    cancelled: asyncio.Event = field(default_factory=asyncio.Event)
+    """A call ended before its time."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """A handle was released."""
+    layout: bytes = b"layout A"
+    draining: bool = False
+    address: str = ""
+    incarnation: int = field(default_factory=lambda: secrets.randbits(64))
+
+    async def start(self, address: str) -> None:
+        self.address = address
+
+    def add_to(self, server: grpc.aio.Server) -> list[str]:
+        if self.role == WorkerRole.WORKER_ROLE_PREFILL:
+            add_PrefillServiceServicer_to_server(_Prefill(self), server)
+            return ["zipserve.v1.PrefillService"]
+        add_DecodeServiceServicer_to_server(_Decode(self), server)
+        return ["zipserve.v1.DecodeService"]
+
+    def capabilities(self) -> Capabilities:
+        writes = self.role == WorkerRole.WORKER_ROLE_PREFILL
+        return Capabilities(
+            worker_id=self.name,
+            incarnation=self.incarnation,
+            role=self.role,
+            address=self.address,
+            model=self.model.name,
+            model_revision=self.model.revision,
+            context_tokens=CONTEXT_TOKENS,
+            vocab_tokens=VOCAB_TOKENS,
+            eos_token_ids=[EOS],
+            readable_layouts=[self.layout],
+            writable_layout=self.layout if writes else b"",
+            layout_description="a fake layout",
+            block_tokens=128,
+        )
+
+    def load(self) -> Load:
+        return Load(draining=self.draining, free_blocks=10, total_blocks=10)
+
+    def begin_drain(self) -> None:
+        self.draining = True
+
+    async def drained(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    def note(self, request: PrefillRequest | DecodeRequest, context: Context) -> None:
+        self.requests.append(request)
+        self.metadata.append({key: str(value) for key, value in context.invocation_metadata() or ()})
+        self.timeouts_s.append(context.time_remaining())
+
+
+class _Prefill(PrefillServiceServicer):
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    async def Prefill(self, request: PrefillRequest, context: Context) -> PrefillResponse:
+        peer = self._peer
+        peer.note(request, context)
+        try:
+            await peer.before(request)
+        except asyncio.CancelledError:
+            peer.cancelled.set()
+            raise
+        position = len(request.token_ids)
+        handle = KvHandle(claims=f"{peer.name} {len(peer.issued)} {position}".encode(), mac=b"signed")
+        peer.issued.add(handle.claims)
+        return PrefillResponse(
+            token_id=EOS if position == peer.end_at else token_at(position),
+            handle=handle,
+            queue_time=to_duration(0.25),
+            compute_time=to_duration(0.5),
+        )
+
+    async def ReleaseHandle(self, request: ReleaseHandleRequest, context: Context) -> ReleaseHandleResponse:
+        self._peer.released.append(request.handle.claims)
+        self._peer.changed.set()
+        return ReleaseHandleResponse()
+
+
+class _Decode(DecodeServiceServicer):
+    def __init__(self, peer: Peer) -> None:
+        self._peer = peer
+
+    async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeResponse]:
+        peer = self._peer
+        peer.note(request, context)
+        complete = False
+        try:
+            await peer.before(request)
+            pulled = Pulled(bytes=4096, blocks=1, transfer_time=to_duration(0.125), verify_time=to_duration(0.125))
+            yield DecodeResponse(pulled=pulled)
+            start = int(request.handle.claims.split()[-1]) + 1
+            reason = FinishReason.FINISH_REASON_LENGTH
+            for position in range(start, start + request.max_new_tokens):
+                await peer.at_token(position)
+                token_id = EOS if position == peer.end_at else token_at(position)
+                yield DecodeResponse(tokens=DecodedTokens(position=position, token_ids=[token_id]))
+                if token_id in request.stop_token_ids:
+                    reason = FinishReason.FINISH_REASON_STOP
+                    break
+            yield DecodeResponse(finished=DecodeFinished(reason=reason))
+            complete = True
+        finally:
+            if not complete:
+                peer.cancelled.set()
+
+
+@asynccontextmanager
+async def serving(peer: Peer, settings: ServiceSettings) -> AsyncIterator[Peer]:
+    """Runs a fake worker, registered, until the context ends."""
+    own = settings.model_copy(update={"worker_id": peer.name, "listen": "127.0.0.1:0", "drain_s": 1.0})
+    async with running(peer, own):
+        yield peer
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns when the condition holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)

@@ -1,0 +1,257 @@
+"""Steps over a KV cache: what is written where, what a sequence may depend on, what is refused."""
+
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zipserve.common.errors import InternalError, LayoutMismatchError
+from zipserve.common.kv.layout import HEADER_BYTES, SLAB_ALIGNMENT_BYTES
+from zipserve.engine.cache import KvCache
+from zipserve.engine.codec import codec_for
+from zipserve.engine.engine import Engine
+from zipserve.engine.loader import LoadedModel, wrap
+from zipserve.engine.sequence import Segment, Sequence
+
+BLOCK = 8
+
+
+def tiny_llama() -> LoadedModel:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    module: Any = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(3)
+    return wrap(module, "tiny", "0")
+
+
+@pytest.fixture
+def model() -> LoadedModel:
+    return tiny_llama()
+
+
+def engine_of(model: LoadedModel, blocks: int = 16, slots: int = 4) -> Engine:
+    return Engine(model, KvCache(model.layout(block_tokens=BLOCK), blocks, 4, slots))
+
+
+def ids(count: int, seed: int = 1) -> list[int]:
+    return torch.randint(97, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def step(engine: Engine, sequence: Sequence, token_ids: SequenceOf[int]) -> torch.Tensor:
+    return engine.forward([Segment(sequence, token_ids)])[0]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(29,), (7, 22), (8, 21), (1, 28), (9, 15, 5), (28, 1), (16, 8, 5), (1,) * 29])
+def test_chunks_equal_one_prompt(model: LoadedModel, sizes: tuple[int, ...]) -> None:
+    prompt = ids(29)
+    engine = engine_of(model)
+    expected = step(engine, Sequence([0, 1, 2], 0), prompt)
+    sequence, start = Sequence([7, 3, 5], 2), 0
+    logits = torch.empty(0)
+    for size in sizes:
+        logits = step(engine, sequence, prompt[start : start + size])
+        start += size
+        assert sequence.length == start
+    close(logits, expected)
+    for layer in range(model.layers):
+        for of_one, of_chunks in zip(
+            engine.cache.codec.read_blocks(layer, torch.tensor([0, 1, 2])),
+            engine.cache.codec.read_blocks(layer, torch.tensor([7, 3, 5])),
+            strict=True,
+        ):
+            close(of_chunks, of_one)
+
+
+def test_a_sequence_does_not_depend_on_others(model: LoadedModel) -> None:
+    engine = engine_of(model)
+    alone = step(engine, Sequence([0, 1], 0), ids(19))
+    first, second, third = Sequence([2, 3], 1), Sequence([4], 2), Sequence([5, 6, 7], 3)
+    engine.forward([Segment(second, ids(11, seed=2)), Segment(first, ids(19)[:18]), Segment(third, ids(20, seed=3))])
+    together = engine.forward(
+        [Segment(third, ids(3, seed=4)), Segment(first, ids(19)[18:]), Segment(second, ids(1, seed=5))]
+    )
+    close(together[1], alone)
+
+
+def test_bytes_are_those_of_the_layout(model: LoadedModel) -> None:
+    """Block and tail hold exactly the keys and values that transformers computes, where the layout says."""
+    prompt = ids(21)
+    engine = engine_of(model)
+    engine.cache.block_arena[:, :HEADER_BYTES] = 0xAB
+    sequence = Sequence([5, 2], 3)
+    step(engine, sequence, prompt)
+    engine.cache.pack_tail(3, 5, 1)
+    model.module.set_attn_implementation("eager")
+    with torch.inference_mode():
+        past = model.module(torch.tensor([prompt]), use_cache=True).past_key_values
+    layout = engine.cache.layout
+    slabs = [(engine.cache.block_slab(5), 0, 8), (engine.cache.block_slab(2), 8, 8), (engine.cache.tail_slab(1), 16, 5)]
+    for slab, start, tokens in slabs:
+        for layer in range(layout.layers):
+            for head in range(layout.kv_heads):
+                at = HEADER_BYTES + (layer * layout.kv_heads + head) * layout.head_bytes(tokens)
+                data = torch.from_numpy(np.frombuffer(slab[at : at + layout.head_bytes(tokens)], np.float32).copy())
+                keys, values = data[: tokens * layout.key_dim], data[tokens * layout.key_dim :]
+                theirs = past.layers[layer]
+                close(keys.view(tokens, -1), theirs.keys[0, head, start : start + tokens])
+                close(values.view(tokens, -1), theirs.values[0, head, start : start + tokens])
+    assert (engine.cache.block_arena[:, :HEADER_BYTES] == 0xAB).all(), "headers belong to the worker"
+
+
+@pytest.mark.parametrize("length", [5, 8, 21, 24])
+def test_handoff_to_another_cache(model: LoadedModel, length: int) -> None:
+    """Prefill, copy blocks and tail to a cache with other slabs and slots, decode there: as if it had stayed."""
+    prefill, decode = engine_of(model), engine_of(model, blocks=10, slots=2)
+    for arena in (decode.cache.open_keys, decode.cache.open_values):
+        arena.fill_(torch.nan)  # what another sequence may have left
+    here, there = Sequence([1, 2, 3, 4], 1), Sequence([9, 0, 4, 3], 0, length)
+    step(prefill, here, ids(length))
+    for source, target in zip(here.blocks[: length // BLOCK], there.blocks, strict=False):
+        decode.cache.block_slab(target)[:] = prefill.cache.block_slab(source)
+    prefill.cache.pack_tail(here.slot, length % BLOCK, 3)
+    decode.cache.tail_slab(2)[:] = prefill.cache.tail_slab(3)
+    decode.cache.unpack_tail(2, length % BLOCK, there.slot)
+    # Beside a row whose open block is longer, so that what is multiplied covers tokens that do not exist there yet.
+    other = Sequence([5, 6], 1)
+    step(decode, other, ids(7))
+    for token in ids(10, seed=6):
+        found = decode.forward([Segment(other, [token]), Segment(there, [token])])[1]
+        close(found, step(prefill, here, [token]))
+
+
+def test_tail_has_no_gaps_and_a_limit(model: LoadedModel) -> None:
+    cache = engine_of(model).cache
+    size = cache.layout.payload_bytes(3)
+    cache.tail_arena[0] = 0xAB
+    cache.pack_tail(0, 3, 0)
+    assert (cache.tail_arena[0, HEADER_BYTES : HEADER_BYTES + size] == 0).all()
+    assert (cache.tail_arena[0, HEADER_BYTES + size :] == 0xAB).all()
+    assert (cache.tail_arena[0, :HEADER_BYTES] == 0xAB).all()
+    with pytest.raises(ValueError, match="0 to 7 tokens, not 8"):
+        cache.pack_tail(0, 8, 0)
+
+
+def test_shared_prefix(model: LoadedModel) -> None:
+    """Two sequences read the same sealed blocks."""
+    engine = engine_of(model)
+    prompt = ids(20)
+    step(engine, Sequence([0, 1], 0), prompt)
+    expected = step(engine, Sequence([2, 3, 4], 1), prompt[:16] + ids(9, seed=7))
+    close(step(engine, Sequence([0, 1, 5], 2, length=16), ids(9, seed=7)), expected)
+
+
+@pytest.mark.parametrize("parts", [(1, 18), (1, 1, 17), (17, 1, 1), (8, 1, 10)])
+def test_what_a_broken_sequence_left_harms_nobody(model: LoadedModel, parts: tuple[int, ...]) -> None:
+    """Slots and slabs are reused without cleaning: NaN in them must not reach the next owner."""
+    engine = engine_of(model)
+    expected = step(engine, Sequence([0, 1, 2], 0), ids(19))
+    cache = engine.cache
+    for left in (cache.open_keys, cache.open_values, cache.block_arena.view(torch.float32)):
+        left.fill_(torch.nan)
+    # Beside a row whose open block is longer, what is multiplied covers tokens that do not exist here yet.
+    other = Sequence([7, 8], 3)
+    step(engine, other, ids(4))
+    sequence, start, logits = Sequence([3, 4], 1), 0, torch.empty(0)
+    for size in parts:
+        token_ids = ids(19)[start : start + size]
+        logits = engine.forward([Segment(other, [1]), Segment(sequence, token_ids)])[1]
+        start += size
+    close(logits, expected)
+
+
+def test_refuses_what_does_not_fit(model: LoadedModel) -> None:
+    engine = engine_of(model)
+    long = Sequence(list(range(9)), 0)
+    step(engine, long, ids(60))
+    for segments, message in [
+        ([], "at least one segment"),
+        ([Segment(long, [])], "segment 0: has no tokens"),
+        ([Segment(long, ids(5))], "ends at token 65, the model's context is 64"),
+        ([Segment(Sequence([9], 1), ids(16))], "fills 2 blocks, its sequence has 1"),
+        ([Segment(Sequence([], 4), [1])], "has slot 4 of 4"),
+        ([Segment(Sequence([16], 1), ids(8))], "slabs outside of the 16"),
+        ([Segment(Sequence([], 1), [1, 97])], "outside of the vocabulary of 97"),
+        ([Segment(Sequence([], 1), [-1])], "outside of the vocabulary of 97"),
+        ([Segment(long, [1]), Segment(long, [1])], "each of its own sequence"),
+        ([Segment(long, [1]), Segment(Sequence([], 0), [1])], "share a slot"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            engine.forward(segments)
+    assert long.length == 60
+    step(engine, Sequence([9], 1), ids(15))  # the last, partly filled block needs no slab
+
+
+def test_logits_that_are_not_finite(model: LoadedModel) -> None:
+    engine = engine_of(model)
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight[5] = torch.nan
+    good, bad = Sequence([], 0), Sequence([], 1)
+    with pytest.raises(InternalError, match=r"segments \[1\] are not finite"):
+        engine.forward([Segment(good, [1, 2]), Segment(bad, [5])])
+    assert (good.length, bad.length) == (0, 0)
+    assert step(engine, good, [1, 2]).isfinite().all()
+
+
+def test_a_module_that_lost_the_hook_is_noticed(model: LoadedModel) -> None:
+    engine = engine_of(model)
+    model.module.set_attn_implementation("eager")
+    with pytest.raises(InternalError, match="0 layers attended through the engine, not 3"):
+        step(engine, Sequence([], 0), [1])
+
+
+def test_a_module_is_not_called_outside_of_the_engine(model: LoadedModel) -> None:
+    with pytest.raises(RuntimeError, match="outside of the engine"):
+        model.module(torch.tensor([[1]]))
+
+
+def test_logits_of_a_module_that_computes_all_rows(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(model)
+    prompts = [Segment(Sequence([0, 1], 0), ids(9)), Segment(Sequence([], 1), [4])]
+    expected = engine.forward(prompts)
+    monkeypatch.setattr(type(model.module), "_supports_logits_to_keep", lambda _: False)
+    found = engine.forward([Segment(Sequence([2, 3], 2), ids(9)), Segment(Sequence([], 3), [4])])
+    close(found, expected)
+
+
+def test_engine_wants_a_cache_of_its_model(model: LoadedModel) -> None:
+    other = KvCache(wrap(model.module, "other", "0").layout(block_tokens=BLOCK), 1, 1, 1)
+    with pytest.raises(ValueError, match="laid out for other@0"):
+        Engine(model, other)
+
+
+def test_codec_that_the_engine_does_not_know(model: LoadedModel) -> None:
+    layout = model.layout(block_tokens=BLOCK)
+    object.__setattr__(layout, "codec", "zip9")
+    with pytest.raises(LayoutMismatchError, match="no codec 'zip9'"):
+        codec_for(layout, torch.zeros(1, layout.block_slab_bytes, dtype=torch.uint8))
+
+
+def test_arenas_are_pages(model: LoadedModel) -> None:
+    cache = engine_of(model).cache
+    for arena, slab_bytes in (
+        (cache.block_arena, cache.layout.block_slab_bytes),
+        (cache.tail_arena, cache.layout.tail_slab_bytes),
+    ):
+        assert arena.is_contiguous()
+        assert arena.shape[1] == slab_bytes
+        assert arena.data_ptr() % SLAB_ALIGNMENT_BYTES == 0
+    cache.tail_slab(2)[:3] = b"abc"
+    assert cache.tail_arena[2, :3].tolist() == list(b"abc")
+    assert cache.block_slab(1).nbytes == cache.layout.block_slab_bytes
