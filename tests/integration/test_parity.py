@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from oracle import Oracle
 from processes import Processes
 from prompts import real_prompts
 from streams import Streamed, collect, request
-
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 

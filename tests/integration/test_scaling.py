@@ -10,7 +10,6 @@ from pathlib import Path
 from oracle import Oracle
 from processes import Processes, until
 from streams import collect, request
-
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 

@@ -1,6 +1,7 @@
 """What Hugging Face says the right tokens are."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -13,7 +14,8 @@ class Oracle:
     """A plain Hugging Face model in float32."""
 
     def __init__(self, folder: Path) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        self.model.eval()
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], tokens: int) -> list[int]:

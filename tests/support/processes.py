@@ -14,7 +14,7 @@ from zipserve.common.settings import ServiceSettings
 from zipserve.v1.worker_service_pb2 import WorkerRole
 
 READY_TIMEOUT_S = 90.0
-SECRET = "a secret of the integration tests"  # noqa: S105
+SECRET = "a secret of the integration tests"
 
 
 async def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
@@ -78,7 +78,7 @@ class Processes:
         for name in names:
             log = (self._log_dir / f"{name}.log").open("ab")
             environment = {**os.environ, **specs[name].environment}
-            self._running[name] = subprocess.Popen(specs[name].command, env=environment, stderr=log)
+            self._running[name] = subprocess.Popen(specs[name].command, env=environment, stderr=log)  # noqa: ASYNC220  # it returns at once
             log.close()
         for name in names:
             await until(lambda name=name: self._is_ready(name), f"{name} is ready", READY_TIMEOUT_S)  # type: ignore[misc]

@@ -67,7 +67,7 @@ async def collect(
                 on_tokens(len(result.token_ids))
         else:
             result.finished = response.finished
-    assert events[0] == "started" and events[-1] == "finished", events
+    assert (events[0], events[-1]) == ("started", "finished"), events
     assert events.count("started") == events.count("finished") == 1
     assert result.finished.usage.completion_tokens == len(result.token_ids)
     return result

@@ -127,7 +127,7 @@ class Device:
         settings = self._settings
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         files = models.resolve(settings.model)
         self._model = loader.load(files, settings.dtype, settings.device)
         probe(self._model)
