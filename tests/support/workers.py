@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inprocess import SECRET, running
 
@@ -22,14 +22,19 @@ from zipserve.engine.device import Device
 from zipserve.prefill.config import PrefillSettings
 from zipserve.prefill.service import PrefillService
 from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse
-from zipserve.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub, DecodeServiceStub
+from zipserve.v1.decode_service_pb2_grpc import DecodeServiceStub
 from zipserve.v1.kv_pb2 import KvClaims, KvHandle
-from zipserve.v1.kv_transfer_service_pb2_grpc import KvTransferServiceAsyncStub, KvTransferServiceStub
+from zipserve.v1.kv_transfer_service_pb2_grpc import KvTransferServiceStub
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
-from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceAsyncStub, PrefillServiceStub
+from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from zipserve.v1.sampling_pb2 import SamplingParams
 from zipserve.v1.worker_service_pb2 import GetCapabilitiesRequest, Load
 from zipserve.v1.worker_service_pb2_grpc import WorkerServiceStub
+
+if TYPE_CHECKING:  # these names exist in the stubs only
+    from zipserve.v1.decode_service_pb2_grpc import DecodeServiceAsyncStub
+    from zipserve.v1.kv_transfer_service_pb2_grpc import KvTransferServiceAsyncStub
+    from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceAsyncStub
 
 BLOCK = 16
 """Tokens per block in these tests: the smallest there is, so that short prompts fill several."""
@@ -103,8 +108,8 @@ class Prefill:
     service: PrefillService
     settings: PrefillSettings
     address: str
-    stub: PrefillServiceAsyncStub
-    transfer: KvTransferServiceAsyncStub
+    stub: "PrefillServiceAsyncStub"
+    transfer: "KvTransferServiceAsyncStub"
     channels: ChannelPool
 
     def request(self, token_ids: list[int], **changes: Any) -> PrefillRequest:
@@ -141,7 +146,7 @@ class Decode:
     service: DecodeService
     settings: DecodeSettings
     address: str
-    stub: DecodeServiceAsyncStub
+    stub: "DecodeServiceAsyncStub"
     channels: ChannelPool
 
     def request(self, prefilled: PrefillResponse, tokens: int = 8, **changes: Any) -> DecodeRequest:

@@ -141,17 +141,23 @@ class KvPuller:
         blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref in claims.refs)
         return PullStats(size_bytes, blocks, read_s - started_s, time.monotonic() - read_s)
 
-    def stub(self, worker_id: str) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
+    async def stub(self, worker_id: str) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
         """The KvTransferService of a worker.
 
         Raises:
             WorkerLostError: the registry does not know it.
         """
+        if self._registry.find(worker_id) is None:
+            await self._refresh()  # it, or this process, may be younger than the last poll
         record = self._registry.find(worker_id)
         if record is None:
             raise WorkerLostError(f"worker {worker_id} is not in the registry")
         channel = self._channels.get(record.capabilities.address)
         return kv_transfer_service_pb2_grpc.KvTransferServiceStub(channel)
+
+    async def _refresh(self) -> None:
+        with suppress(RedisError, OSError):
+            await self._registry.refresh()
 
     def _check(self, claims: kv_pb2.KvClaims) -> None:
         if claims.layout_fingerprint != self._layout.fingerprint:
@@ -210,7 +216,7 @@ class KvPuller:
                 layout_fingerprint=self._layout.fingerprint,
             )
             with client_errors():
-                answer = await self.stub(worker_id).Connect(request, timeout=timeout_s)
+                answer = await (await self.stub(worker_id)).Connect(request, timeout=timeout_s)
             agent = await self._transport.connect(answer.agent_metadata)
             arenas = {SlabKind(a.kind): _arena(a) for a in answer.arenas}
             self._peers[worker_id] = _Peer(incarnation, record.capabilities.address, agent, arenas)
@@ -220,8 +226,7 @@ class KvPuller:
     async def _find(self, worker_id: str, incarnation: int) -> WorkerRecord:
         record = self._registry.find(worker_id)
         if record is None or record.incarnation != incarnation:
-            with suppress(RedisError, OSError):
-                await self._registry.refresh()
+            await self._refresh()
             record = self._registry.find(worker_id)
         if record is None:
             raise WorkerLostError(f"worker {worker_id} is not in the registry")
@@ -272,7 +277,7 @@ class HeldLease:
         self._released = True
         request = kv_transfer_service_pb2.ReleaseLeaseRequest(lease_id=self._claims.lease_id)
         try:
-            stub = self._puller.stub(self._claims.worker_id)
+            stub = await self._puller.stub(self._claims.worker_id)
             with client_errors():
                 answer = await stub.ReleaseLease(request, timeout=_RPC_TIMEOUT_S, metadata=self._metadata)
         except ZipserveError as error:
@@ -285,7 +290,7 @@ class HeldLease:
         request = kv_transfer_service_pb2.RenewLeasesRequest(lease_ids=[self._claims.lease_id])
         while self._lost is None:
             try:
-                stub = self._puller.stub(self._claims.worker_id)
+                stub = await self._puller.stub(self._claims.worker_id)
                 with client_errors():
                     answer = await stub.RenewLeases(request, timeout=ttl_s, metadata=self._metadata)
                 if answer.lost_lease_ids:

@@ -1,0 +1,137 @@
+"""DecodeScheduler under any order of calls: first come first served, no slab twice, all slabs back in the end."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from zipserve.common.errors import InvalidRequestError, OverloadedError
+from zipserve.decode.scheduler import DecodeScheduler, Reservation, Ticket
+
+BLOCK = 16
+
+
+class DecodeMachine(RuleBasedStateMachine):
+    """Sequences come, wait, hold slabs, drop their tail, and end, in any order; some are gone when their turn comes."""
+
+    @initialize(blocks=st.integers(1, 8), tails=st.integers(1, 3), slots=st.integers(1, 4))
+    def start(self, blocks: int, tails: int, slots: int) -> None:
+        self.scheduler = DecodeScheduler(
+            blocks=blocks,
+            tails=tails,
+            slots=slots,
+            block_tokens=BLOCK,
+            queue_requests_max=4,
+            queue_tokens_max=300,
+        )
+        self.waiting: list[Ticket] = []
+        self.held: dict[int, tuple[Ticket, Reservation]] = {}
+        self.admitted: list[int] = []
+        self.count = 0
+        self.gone: set[int] = set()
+
+    @rule(pulled=st.integers(1, 80), new=st.integers(1, 80), gone=st.booleans())
+    def submit(self, pulled: int, new: int, gone: bool) -> None:
+        number, total = self.count, pulled + new
+        needed = total // BLOCK
+
+        def on_reserved(reservation: Reservation) -> None:
+            self.admitted.append(number)
+            self.waiting = [other for other in self.waiting if other is not ticket]
+            self._check(ticket, reservation)
+            if number in self.gone:
+                self.scheduler.free(reservation)  # the caller went away in this very moment
+            else:
+                self.held[number] = (ticket, reservation)
+
+        ticket = Ticket(pulled, total, on_reserved)
+        if gone:
+            self.gone.add(number)
+        queued = sum(other.total_tokens for other in self.waiting)
+        if needed > self.scheduler.blocks.count:
+            with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {needed} KV blocks"):
+                self.scheduler.submit(ticket)
+            return
+        if len(self.waiting) >= 4:
+            with pytest.raises(OverloadedError, match="4 sequences wait, the limit is 4"):
+                self.scheduler.submit(ticket)
+            return
+        if self.waiting and queued + total > 300:
+            with pytest.raises(OverloadedError, match=f"of {queued} tokens wait and one of {total} came, the limit is"):
+                self.scheduler.submit(ticket)
+            return
+        self.count += 1
+        self.waiting.append(ticket)
+        self.scheduler.submit(ticket)
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        if self.waiting:
+            ticket = data.draw(st.sampled_from(self.waiting))
+            self.waiting = [other for other in self.waiting if other is not ticket]
+            self.scheduler.cancel(ticket)
+            self.scheduler.cancel(ticket)
+
+    @rule(data=st.data())
+    def drop_tail(self, data: st.DataObject) -> None:
+        if self.held:
+            _, reservation = self.held[data.draw(st.sampled_from(sorted(self.held)))]
+            self.scheduler.free_tail(reservation)
+            self.scheduler.free_tail(reservation)
+            assert reservation.tails == []
+
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        if self.held:
+            ticket, reservation = self.held.pop(data.draw(st.sampled_from(sorted(self.held))))
+            self.scheduler.free(reservation)
+            self.scheduler.cancel(ticket)  # no longer waits: nothing happens
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.scheduler.check_integrity()
+        assert self.admitted == sorted(self.admitted), "somebody was overtaken"
+        assert self.scheduler.queued_requests == len(self.waiting)
+        reservations = [reservation for _, reservation in self.held.values()]
+        for allocator, held in (
+            (self.scheduler.blocks, [slab for r in reservations for slab in r.blocks]),
+            (self.scheduler.tails, [slab for r in reservations for slab in r.tails]),
+            (self.scheduler.slots, [r.slot for r in reservations]),
+        ):
+            assert len(set(held)) == len(held), "given out twice"
+            assert allocator.free + len(held) == allocator.count, "lost"
+
+    @invariant()
+    def nobody_waits_without_need(self) -> None:
+        if self.waiting:
+            head = self.waiting[0]
+            needs = (head.total_tokens // BLOCK, 1 if head.pulled_tokens % BLOCK else 0, 1)
+            free = (self.scheduler.blocks.free, self.scheduler.tails.free, self.scheduler.slots.free)
+            assert any(n > f for n, f in zip(needs, free, strict=True))
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        while self.held:
+            _, reservation = self.held.pop(min(self.held))
+            self.scheduler.free(reservation)
+        assert not self.waiting, "somebody waits for ever"
+        for allocator in (self.scheduler.blocks, self.scheduler.tails, self.scheduler.slots):
+            assert allocator.free == allocator.count
+
+    def _check(self, ticket: Ticket, reservation: Reservation) -> None:
+        assert len(reservation.blocks) == ticket.total_tokens // BLOCK
+        assert len(reservation.tails) == (1 if ticket.pulled_tokens % BLOCK else 0)
+
+
+DecodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+TestDecodeScheduler = DecodeMachine.TestCase
+
+
+def test_integrity_check_can_fail() -> None:
+    scheduler = DecodeScheduler(
+        blocks=1, tails=1, slots=1, block_tokens=BLOCK, queue_requests_max=1, queue_tokens_max=1
+    )
+    scheduler.queued_tokens = 1
+    with pytest.raises(AssertionError, match="queued_tokens"):
+        scheduler.check_integrity()
