@@ -124,7 +124,7 @@ class DecodeMachine(RuleBasedStateMachine):
         assert len(reservation.tails) == (1 if ticket.pulled_tokens % BLOCK else 0)
 
 
-DecodeMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+DecodeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestDecodeScheduler = DecodeMachine.TestCase
 
 

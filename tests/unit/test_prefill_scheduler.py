@@ -136,7 +136,7 @@ class PrefillMachine(RuleBasedStateMachine):
         self.seen_generations.update(names)
 
 
-PrefillMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+PrefillMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestPrefillScheduler = PrefillMachine.TestCase
 
 

@@ -67,6 +67,12 @@ def poison(slab: memoryview) -> None:
     slab[:HEADER_BYTES] = bytes(HEADER_BYTES)
 
 
+def generation_of(slab: memoryview) -> int:
+    """The generation that a slab's header claims; meaningful only if the slab is whole."""
+    generation: int = _FIELDS.unpack_from(slab)[5]
+    return generation
+
+
 def verify(slab: memoryview, expected: SlabIdentity, expected_checksum: int) -> None:
     """Checks that a slab that was read is exactly the one that a handle names.
 

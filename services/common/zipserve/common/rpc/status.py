@@ -20,20 +20,33 @@ from zipserve.common.errors import (
 )
 
 DOMAIN = "zipserve"
+# gRPC drops trailers beyond 8 KiB, and the message stands in them three times, once with three bytes for one.
+_MESSAGE_BYTES_MAX = 1024
+_METADATA_BYTES_MAX = 256
 
 
 def to_status(error: ZipserveError) -> status_pb2.Status:
-    """The google.rpc.Status of an error: ErrorInfo always, RetryInfo and BadRequest where they apply."""
-    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=error.message)
-    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata))
+    """The google.rpc.Status of an error: ErrorInfo always, RetryInfo and BadRequest where they apply.
+
+    A long message, as one that repeats what a client has sent, is cut.
+    """
+    message = _cut(error.message, _MESSAGE_BYTES_MAX)
+    metadata = {key: _cut(value, _METADATA_BYTES_MAX) for key, value in error.metadata.items()}
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code), message=message)
+    status.details.add().Pack(error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata))
     if isinstance(error, OverloadedError):
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     if isinstance(error, InvalidRequestError):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=error.message)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.field, description=message)
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=[violation]))
     return status
+
+
+def _cut(text: str, bytes_max: int) -> str:
+    data = text.encode(errors="replace")  # a file's name may hold what is no Unicode
+    return data.decode() if len(data) <= bytes_max else data[: bytes_max - 3].decode(errors="ignore") + "…"
 
 
 class FailedCall(Protocol):
@@ -52,7 +65,8 @@ def from_rpc_error(error: FailedCall) -> ZipserveError:
     for detail in status.details if status is not None else ():
         info = error_details_pb2.ErrorInfo()
         if detail.Unpack(info) and info.domain == DOMAIN and info.reason in BY_REASON:
-            return BY_REASON[info.reason](error.details() or "", **dict(info.metadata))
+            metadata = {key: value for key, value in info.metadata.items() if key not in ("self", "message")}
+            return BY_REASON[info.reason](error.details() or "", **metadata)
     text = error.details() or ""
     match error.code():
         case grpc.StatusCode.UNAVAILABLE:

@@ -10,6 +10,8 @@ from redis.exceptions import RedisError
 
 from zipserve.common import log, tracing
 from zipserve.common.errors import (
+    BlockStaleError,
+    BlockSwappedError,
     HandoffError,
     IncarnationError,
     LayoutMismatchError,
@@ -18,7 +20,7 @@ from zipserve.common.errors import (
     ZipserveError,
 )
 from zipserve.common.kv import handle as handles
-from zipserve.common.kv.header import SlabIdentity, SlabKind, verify
+from zipserve.common.kv.header import SlabIdentity, SlabKind, generation_of, verify
 from zipserve.common.kv.layout import HEADER_BYTES, Layout
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView, WorkerRecord
@@ -199,7 +201,14 @@ class KvPuller:
                 payload_bytes=ref.bytes - HEADER_BYTES,
                 prefix_hash=ref.prefix_hash,
             )
-            verify(self._slab_view(kind, slab)[: ref.bytes], expected, ref.checksum)
+            view = self._slab_view(kind, slab)[: ref.bytes]
+            try:
+                verify(view, expected, ref.checksum)
+            except BlockStaleError as error:
+                if generation_of(view) in {other.generation for other in claims.refs if other.kind == ref.kind}:
+                    where = ref.start_position
+                    raise BlockSwappedError(f"slab at position {where} holds another block of the sequence") from error
+                raise
 
     async def _connect(self, worker_id: str, incarnation: int, timeout_s: float) -> _Peer:
         async with self._connecting.setdefault(worker_id, asyncio.Lock()):
@@ -209,7 +218,7 @@ class KvPuller:
             if peer is not None:
                 del self._peers[worker_id]
                 await self._transport.disconnect(peer.agent)
-            record = await self._find(worker_id, incarnation)
+            record = await self.find(worker_id, incarnation)
             request = kv_transfer_service_pb2.ConnectRequest(
                 worker_id=self._worker_id,
                 expected_incarnation=incarnation,
@@ -223,7 +232,13 @@ class KvPuller:
             _log.info("peer.connected", peer=worker_id, peer_incarnation=f"{incarnation:016x}")
             return self._peers[worker_id]
 
-    async def _find(self, worker_id: str, incarnation: int) -> WorkerRecord:
+    async def find(self, worker_id: str, incarnation: int) -> WorkerRecord:
+        """One life of a worker.
+
+        Raises:
+            WorkerLostError: the registry does not know the worker.
+            IncarnationError: it knows another life of it.
+        """
         record = self._registry.find(worker_id)
         if record is None or record.incarnation != incarnation:
             await self._refresh()
@@ -290,6 +305,7 @@ class HeldLease:
         request = kv_transfer_service_pb2.RenewLeasesRequest(lease_ids=[self._claims.lease_id])
         while self._lost is None:
             try:
+                await self._puller.find(self._claims.worker_id, self._claims.incarnation)
                 stub = await self._puller.stub(self._claims.worker_id)
                 with client_errors():
                     answer = await stub.RenewLeases(request, timeout=ttl_s, metadata=self._metadata)
