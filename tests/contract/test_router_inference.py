@@ -2,42 +2,31 @@
 
 import asyncio
 import math
+import re
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import router_model
-from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_status import rpc_status
-from inprocess import SECRET, running
-from router_peers import Peer, serving, text_at, token_at, until
 
+import router_model
+from router_cluster import PROMPT, Cluster, answer, build, refusal
+from router_peers import text_at, token_at, until
 from zipserve.common.models import ModelFiles, resolve
-from zipserve.router.config import RouterSettings
-from zipserve.router.service import RouterService
 from zipserve.v1.inference_service_pb2 import (
     ChatMessage,
     ChatPrompt,
-    Finished,
     GenerateRequest,
-    GenerateResponse,
     ListModelsRequest,
     Model,
-    Started,
     TokenIds,
 )
-from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopConditions
-from zipserve.v1.worker_service_pb2 import WorkerRole
 
 GENERATE = "/zipserve.v1.InferenceService/Generate"
-PROMPT = TokenIds(ids=[3] * 10)
 STOP, LENGTH = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
 
 
@@ -114,7 +103,8 @@ async def test_seeds_are_drawn_and_reported(cluster: Cluster) -> None:
 @pytest.mark.parametrize("given", ["", "with space", "x" * 129])
 async def test_a_bad_request_id_is_replaced(cluster: Cluster, given: str) -> None:
     call = cluster.generate(stop=StopConditions(max_tokens=1), metadata=[("x-request-id", given)])
-    assert uuid.UUID((await answer(call)).started.request_id)
+    request_id = (await answer(call)).started.request_id
+    assert uuid.UUID(request_id).hex == request_id
 
 
 async def test_eos_ends_and_counts(alone: Cluster) -> None:
@@ -159,7 +149,7 @@ async def test_list_models(alone: Cluster) -> None:
 
 
 async def test_health(alone: Cluster) -> None:
-    health = health_pb2_grpc.HealthStub(alone.channel)  # type: ignore[no-untyped-call]
+    health: Any = health_pb2_grpc.HealthStub(alone.channel)
     for name in ("", "zipserve.v1.InferenceService"):
         assert (await health.Check(health_pb2.HealthCheckRequest(service=name))).status == 1
 
@@ -191,11 +181,10 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
 async def test_invalid_requests(alone: Cluster) -> None:
     """They are refused while no worker is up, and leave nothing behind."""
     for request, field, message in INVALID:
-        with pytest.MonkeyPatch.context():
-            refused = await refusal(alone.generate(**request))
+        refused = await refusal(alone.generate(**request))
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"), request
         assert refused.field == field, request
-        assert __import__("re").search(message, refused.message), refused.message
+        assert re.search(message, refused.message), refused.message
     assert alone.requests == 0
 
 
@@ -211,7 +200,7 @@ async def test_unknown_model(alone: Cluster) -> None:
 
 
 async def test_malformed_bytes(alone: Cluster) -> None:
-    call = alone.channel.unary_stream(GENERATE, request_serializer=None, response_deserializer=None)
+    call: Any = alone.channel.unary_stream(GENERATE, request_serializer=None, response_deserializer=None)
     refused = await refusal(call(b"\xff\xff\xff no message", timeout=10))
     assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST")
 
@@ -275,7 +264,88 @@ async def test_too_many_tokens(stack: AsyncExitStack, model: ModelFiles, redis_u
 
 
 async def test_unknown_method(alone: Cluster) -> None:
-    call = alone.channel.unary_unary("/zipserve.v1.InferenceService/Nothing")
+    call: Any = alone.channel.unary_unary("/zipserve.v1.InferenceService/Nothing")
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await call(b"")
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_cancelled_stream_cancels_the_decode(alone: Cluster) -> None:
+    prefill, decode = await alone.add("p0"), await alone.add("d0", at_token=_never_after(14))
+    call = alone.generate(stop=StopConditions(max_tokens=400))
+    seen = 0
+    while seen < 3:
+        seen += len((await call.read()).delta.token_ids)
+    call.cancel()
+    async with asyncio.timeout(5):
+        await decode.cancelled.wait()
+    await until(lambda: alone.requests == 0)
+    assert prefill.released == [], "the decode worker that has taken the handle over releases it"
+
+
+async def test_a_cancelled_request_cancels_the_prefill(alone: Cluster) -> None:
+    prefill = await alone.add("p0", before=_never)
+    await alone.add("d0")
+    call = alone.generate()
+    await call.read()
+    await until(lambda: len(prefill.requests) == 1)
+    call.cancel()
+    async with asyncio.timeout(5):
+        await prefill.cancelled.wait()
+    await until(lambda: alone.requests == 0)
+
+
+@pytest.mark.parametrize("where", ["prefill", "decode", "no worker"])
+async def test_a_passed_deadline_ends_every_hop(
+    stack: AsyncExitStack, model: ModelFiles, redis_url: str, where: str
+) -> None:
+    cluster = await build(stack, model, redis_url, worker_wait_s=20)
+    hop = None
+    if where == "prefill":
+        hop = await cluster.add("p0", before=_never)
+        await cluster.add("d0")
+    elif where == "decode":
+        await cluster.add("p0")
+        hop = await cluster.add("d0", at_token=_never_after(12))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await answer(cluster.generate(timeout=0.5, stop=StopConditions(max_tokens=100)))
+    assert caught.value.code() in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
+    await until(lambda: cluster.requests == 0)
+    if hop is not None:
+        assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        async with asyncio.timeout(5):
+            await hop.cancelled.wait()
+
+
+async def test_draining_refuses_new_requests_and_finishes_old_ones(alone: Cluster) -> None:
+    gate = asyncio.Event()
+
+    async def wait(_: object) -> None:
+        await gate.wait()
+
+    await alone.add("p0")
+    await alone.add("d0", at_token=wait)
+    events = aiter(alone.generate(stop=StopConditions(max_tokens=5)))
+    first = await anext(events)
+    alone.service.begin_drain()
+    refused = await refusal(alone.generate())
+    assert (refused.code, refused.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    draining = asyncio.create_task(alone.service.drained())
+    gate.set()
+    responses = [first, *[response async for response in events]]
+    assert responses[-1].finished.usage.completion_tokens == 5
+    async with asyncio.timeout(5):
+        await draining
+
+
+async def _never(_: object) -> None:
+    await asyncio.Event().wait()
+
+
+def _never_after(limit: int) -> Any:
+    async def wait(position: object) -> None:
+        assert isinstance(position, int)
+        if position >= limit:
+            await asyncio.Event().wait()
+
+    return wait

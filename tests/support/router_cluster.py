@@ -7,7 +7,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.message import Message
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -15,7 +14,6 @@ from inprocess import SECRET, running
 from router_peers import Peer, serving, until
 from zipserve.common.models import ModelFiles
 from zipserve.router.config import RouterSettings
-from zipserve.router.frontend import Frontend
 from zipserve.router.service import RouterService
 from zipserve.v1.inference_service_pb2 import Finished, GenerateRequest, GenerateResponse, Started, TokenIds
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -49,7 +47,8 @@ class Cluster:
         await until(lambda: name in {w.worker_id for w in workers.prefills() + workers.decodes()})
 
     def generate(self, *, timeout: float | None = 20.0, metadata: Any = None, **request: Any) -> Any:
-        request.setdefault("token_ids", PROMPT) if "text" not in request and "chat" not in request else None
+        if "text" not in request and "chat" not in request:
+            request.setdefault("token_ids", PROMPT)
         return self.stub.Generate(GenerateRequest(**request), timeout=timeout, metadata=metadata)
 
     @property
@@ -118,13 +117,13 @@ async def refusal(call: Any) -> Refusal:
     status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
     assert status is not None, caught.value
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    found = {type(d): detail.Unpack(d) for d in (info, bad, retry) for detail in status.details if detail.Is(d.DESCRIPTOR)}
-    assert found[error_details_pb2.ErrorInfo]
+    found = [d for d in (info, bad, retry) for detail in status.details if detail.Unpack(d)]
+    assert info in found
     assert info.domain == "zipserve"
     return Refusal(
         caught.value.code(),
         caught.value.details() or "",
         info.reason,
         bad.field_violations[0].field if bad.field_violations else "",
-        retry.retry_delay.ToTimedelta().total_seconds() if error_details_pb2.RetryInfo in found else None,
+        retry.retry_delay.ToTimedelta().total_seconds() if retry in found else None,
     )

@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import grpc
+
 from inprocess import running
 from router_model import CONTEXT_TOKENS, EOS
-
 from zipserve.common.metrics import Metrics
 from zipserve.common.models import ModelFiles
 from zipserve.common.rpc import Context
@@ -32,7 +32,8 @@ from zipserve.v1.sampling_pb2 import FinishReason
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
 VOCAB_TOKENS = 259
-_FIRST_LETTER = 3 + ord("a") - ord("!")  # the byte tokenizer's ids of ASCII follow each other from "!" on, after specials
+# the byte tokenizer's ids of ASCII follow each other from "!" on, after three specials
+_FIRST_LETTER = 3 + ord("a") - ord("!")
 
 
 def token_at(position: int) -> int:
@@ -190,5 +191,5 @@ async def serving(peer: Peer, settings: ServiceSettings) -> AsyncIterator[Peer]:
 async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
     """Returns when the condition holds."""
     async with asyncio.timeout(timeout_s):
-        while not condition():
+        while not condition():  # noqa: ASYNC110  # any condition, not only one that sets an event
             await asyncio.sleep(0.005)

@@ -14,7 +14,10 @@ def configure(*, level: str, style: str, **bound: Any) -> None:
     renderer: structlog.typing.Processor
     if style == "json":
         renderer = structlog.processors.JSONRenderer(default=str)
-        exceptions: structlog.typing.Processor = structlog.processors.dict_tracebacks
+        # without the frames' variables, which are prompts and secrets
+        exceptions: structlog.typing.Processor = structlog.processors.ExceptionRenderer(
+            structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        )
     else:
         renderer = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         exceptions = structlog.processors.format_exc_info

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 SECRET_BYTES_MIN = 16
@@ -19,7 +19,13 @@ class ServiceSettings(BaseSettings):
     """Settings of any service."""
 
     model_config = SettingsConfigDict(
-        env_prefix="ZIPSERVE_", frozen=True, extra="forbid", cli_kebab_case=True, cli_hide_none_type=True
+        env_prefix="ZIPSERVE_",
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        hide_input_in_errors=True,  # the input may be the secret
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
     )
 
     cluster: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
@@ -30,7 +36,7 @@ class ServiceSettings(BaseSettings):
     """Redis (or Valkey) that holds the registry."""
     secret: SecretStr
     """Secret of the cluster, at least 16 bytes, the same for all its services: signs KV handles."""
-    listen: str = "127.0.0.1:0"
+    listen: str = Field(default="127.0.0.1:0", pattern=r"^[^\s:]\S*:\d{1,5}$")
     """host:port of the gRPC server; port 0 takes a free one."""
     advertise_host: str = ""
     """Host under which others reach this process. Empty: the host of `listen`."""
@@ -41,7 +47,7 @@ class ServiceSettings(BaseSettings):
     heartbeat_s: float = Field(default=0.5, gt=0.0)
     """Time between heartbeats to the registry, in seconds."""
     registry_ttl_s: float = Field(default=5.0, gt=0.0)
-    """Time after which a silent worker leaves the registry, in seconds."""
+    """Time after which a silent worker leaves the registry, in seconds; at least three heartbeats."""
     message_bytes_max: int = Field(default=4 << 20, ge=1 << 16)
     """Largest gRPC message accepted, in bytes."""
     reflection: bool = False
@@ -58,6 +64,22 @@ class ServiceSettings(BaseSettings):
         if size < SECRET_BYTES_MIN:
             raise ValueError(f"must have at least {SECRET_BYTES_MIN} bytes, has {size}")
         return value
+
+    @field_validator("listen")
+    @classmethod
+    def _port_exists(cls, value: str) -> str:
+        port = int(value.rpartition(":")[2])
+        if port > 65535:
+            raise ValueError(f"the port must be at most 65535, is {port}")
+        return value
+
+    @model_validator(mode="after")
+    def _a_late_heartbeat_is_no_death(self) -> Self:
+        if self.registry_ttl_s < 3 * self.heartbeat_s:
+            raise ValueError(
+                f"registry_ttl_s must be at least 3 times heartbeat_s, is {self.registry_ttl_s:g} for {self.heartbeat_s:g}"
+            )
+        return self
 
     @property
     def host(self) -> str:
@@ -78,7 +100,8 @@ class ServiceSettings(BaseSettings):
         """
         prefix = cls.model_config.get("env_prefix", "")
         known = {f"{prefix}{name}".upper() for name in cls.model_fields}
-        unknown = sorted(name for name in os.environ if name.startswith(prefix) and name not in known)
+        # pydantic reads names in any case
+        unknown = sorted(name for name in os.environ if name.upper().startswith(prefix) and name.upper() not in known)
         if unknown:
             raise SystemExit(f"unknown settings in the environment: {', '.join(unknown)}")
         options: dict[str, Any] = {"_cli_parse_args": list(arguments) if arguments is not None else True}
