@@ -124,7 +124,12 @@ async def test_a_handle_of_a_former_life_is_refused(tiny_model: Path, redis_url:
         async with cluster_workers.a_prefill(check=False, drain_s=0.0) as former:
             prefilled = await former.compute(TOKENS)
         pair = Pair(await cluster_workers.prefill(), decode)
-        assert pair.prefill.settings.worker_id == former.settings.worker_id
+        worker_id, incarnation = former.settings.worker_id, pair.prefill.service.device.incarnation
+        assert pair.prefill.settings.worker_id == worker_id
+        view = decode.service._registry
+        assert view is not None
+        # until the decode worker knows the new life, it finds the old one unreachable
+        await until(lambda: (r := view.find(worker_id)) is not None and r.incarnation == incarnation, "it is known")
         await refused(pair, prefilled, errors.IncarnationError)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,7 +77,7 @@ def test_every_kind_of_buffer(kind: type[bytes]) -> None:
 
 
 def test_bytes_that_are_not_contiguous_are_refused() -> None:
-    data = np.frombuffer(data_of(64), np.uint8)
+    data: Any = np.frombuffer(data_of(64), np.uint8)
     for view in (data[::2], memoryview(data)[::2], data.reshape(8, 8).T):
         with pytest.raises(ValueError, match="contiguous"):
             checksum(view)

@@ -1,4 +1,4 @@
-"""A prefill and a decode worker in the test's event loop, behind real gRPC, so that a test can reach into their memory."""
+"""A prefill and a decode worker in the test's event loop, behind real gRPC, so that a test can reach into them."""
 
 import asyncio
 import threading
@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inprocess import SECRET, running
+import pytest
 
+from inprocess import SECRET, running
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
@@ -90,7 +91,7 @@ class Gate:
             assert self._open.wait(20.0), "nobody opened the gate"
             return forward(*args)
 
-        device.engine.forward = gated  # type: ignore[method-assign]
+        device.engine.forward = gated  # type: ignore[method-assign, assignment]
 
     async def entered(self) -> None:
         """Returns when the thread waits at the gate."""
@@ -183,16 +184,18 @@ class Decode:
     async def refused(self, prefilled: PrefillResponse, error: type[Exception], **changes: Any) -> Exception:
         """Sends a request that must fail before its first event, and returns the error."""
         call = self.stub.Decode(self.request(prefilled, **changes), timeout=20.0)
-        events = []
-        try:
+        events: list[DecodeResponse] = []
+
+        async def read() -> None:
             with client_errors():
                 async for event in call:
                     events.append(event)  # noqa: PERF401  the ones before the error count
-        except error as raised:
-            assert type(raised) is error, f"{raised!r} is not exactly a {error.__name__}"
-            assert events == [], "something was sent from KV that is not sound"
-            return raised
-        raise AssertionError(f"no {error.__name__}, but {events}")
+
+        with pytest.raises(error) as raised:
+            await read()
+        assert type(raised.value) is error, f"{raised.value!r} is not exactly a {error.__name__}"
+        assert events == [], "something was sent from KV that is not sound"
+        return raised.value
 
     async def load(self) -> Load:
         """As GetCapabilities tells it."""
@@ -225,7 +228,7 @@ class Pair:
 
 
 class Workers:
-    """Starts workers of one cluster. When the context ends without an error, all must be back at their starting level."""
+    """Starts workers of one cluster. When the context ends without an error, all must hold nothing any more."""
 
     def __init__(self, stack: AsyncExitStack, model: Path, redis_url: str, cluster: str) -> None:
         self._stack = stack

@@ -187,35 +187,36 @@ async def test_a_long_message_still_arrives_typed(
 ) -> None:
     """gRPC drops trailers beyond some kilobytes, and the caller would see neither class nor reason."""
     servicer.error = InvalidRequestError(f"model {text} is unknown", field="model", model=text)
-    with pytest.raises(InvalidRequestError, match="^model [x☃]{100}") as raised, client_errors():
+    with pytest.raises(InvalidRequestError, match=r"^model [x☃]{100}") as raised, client_errors():
         await call(channel, kind)
     assert raised.value.field == "model"
 
 
 async def test_a_message_that_is_no_unicode(servicer: Failing, channel: grpc.aio.Channel) -> None:
     servicer.error = InvalidRequestError("no folder \udcff here", path="\udcff")
-    with pytest.raises(InvalidRequestError, match="^no folder . here$"), client_errors():
+    with pytest.raises(InvalidRequestError, match=r"^no folder . here$"), client_errors():
         await call(channel, "unary")
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
 async def test_bytes_that_are_no_message(kind: str, metrics: Metrics, channel: grpc.aio.Channel) -> None:
-    raw: Any
-    if kind == "unary":
-        raw = channel.unary_unary(UNARY)(b"\xff\xff\xff\xff", timeout=5)
-    else:
-        raw = channel.unary_stream(STREAM)(b"\xff\xff\xff\xff", timeout=5)
-    with pytest.raises(InvalidRequestError, match="not a valid message"), client_errors():
-        if kind == "unary":
-            await raw
-        else:
-            _ = [event async for event in raw]
+    raw: Any = channel
+    call_raw = raw.unary_unary(UNARY) if kind == "unary" else raw.unary_stream(STREAM)
+    answer = call_raw(b"\xff\xff\xff\xff", timeout=5)
+
+    async def read() -> None:
+        with client_errors():
+            _ = await answer if kind == "unary" else [event async for event in answer]
+
+    with pytest.raises(InvalidRequestError, match="not a valid message"):
+        await read()
     assert counted(metrics, kind, "INVALID_REQUEST") == 1
 
 
 async def test_an_unknown_method(channel: grpc.aio.Channel) -> None:
+    raw: Any = channel
     with pytest.raises(InternalError, match="unexpected status UNIMPLEMENTED"), client_errors():
-        await channel.unary_unary("/zipserve.v1.WorkerService/Nothing")(b"", timeout=5)
+        await raw.unary_unary("/zipserve.v1.WorkerService/Nothing")(b"", timeout=5)
 
 
 async def test_success_is_counted(metrics: Metrics) -> None:
@@ -301,9 +302,10 @@ def _drawn(docstring: str) -> dict[str, tuple[str, str]]:
     """(parent, status) of every class in a drawing with tree characters."""
     drawn: dict[str, tuple[str, str]] = {}
     path: list[str] = []
+    names = set(code_pb2.Code.keys())
     for name, depth, rest in _drawn_lines(docstring):
         del path[depth:]
-        code = next((word for word in rest if word in code_pb2.Code.keys()), "")
+        code = next((word for word in rest if word in names), "")
         drawn[name] = (path[-1] if path else "", code)
         path.append(name)
     return drawn

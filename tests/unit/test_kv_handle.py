@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -58,7 +59,7 @@ def test_nothing_made_without_the_secret_opens(claims: bytes, mac: bytes) -> Non
 )
 def test_weak_signatures(mac: object) -> None:
     claims = CLAIMS.SerializeToString()
-    made = mac(claims) if callable(mac) else mac
+    made: Any = mac(claims) if callable(mac) else mac
     with pytest.raises(HandleForgedError):
         open_handle(KvHandle(claims=claims, mac=made), SECRET)
 

@@ -18,7 +18,7 @@ from zipserve.common.errors import (
 )
 from zipserve.common.kv import header
 from zipserve.common.kv.header import SlabIdentity, SlabKind, poison, seal, verify
-from zipserve.common.kv.layout import HEADER_BYTES
+from zipserve.common.kv.layout import HEADER_BYTES, LAYOUT_VERSION
 from zipserve.v1 import kv_pb2
 
 PAYLOAD_BYTES = 96
@@ -63,9 +63,7 @@ def test_a_good_slab() -> None:
 
 def test_only_sixteen_bytes_of_hashes_count() -> None:
     slab, checksum = sealed()
-    short = dataclasses.replace(
-        IDENTITY, fingerprint=IDENTITY.fingerprint[:16], prefix_hash=IDENTITY.prefix_hash[:16]
-    )
+    short = dataclasses.replace(IDENTITY, fingerprint=IDENTITY.fingerprint[:16], prefix_hash=IDENTITY.prefix_hash[:16])
     verify(slab, short, checksum)
     assert sealed(short)[1] == checksum
 
@@ -106,8 +104,8 @@ def test_another_payload_under_the_same_identity() -> None:
 
 def test_another_layout_version(monkeypatch: pytest.MonkeyPatch) -> None:
     slab, checksum = sealed()
-    monkeypatch.setattr(header, "LAYOUT_VERSION", header.LAYOUT_VERSION + 1)
-    with pytest.raises(LayoutMismatchError, match="layout v1 .* expected v2"):
+    monkeypatch.setattr(header, "LAYOUT_VERSION", LAYOUT_VERSION + 1)
+    with pytest.raises(LayoutMismatchError, match=r"layout v1 .* expected v2"):
         verify(slab, IDENTITY, checksum)
 
 

@@ -58,9 +58,7 @@ def test_deadline_counts_down(clock: Clock) -> None:
         clock.now_s += 1.0
 
 
-@pytest.mark.parametrize(
-    ("remaining_s", "expected_s"), [(None, 600.0), (2.0, 2.0), (10_000.0, 600.0), (9.2e9, 600.0)]
-)
+@pytest.mark.parametrize(("remaining_s", "expected_s"), [(None, 600.0), (2.0, 2.0), (10_000.0, 600.0), (9.2e9, 600.0)])
 def test_deadline_of_a_call(clock: Clock, remaining_s: float | None, expected_s: float) -> None:
     assert deadline_of(remaining_s, 600.0).remaining_s() == pytest.approx(expected_s)
 

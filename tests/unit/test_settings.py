@@ -13,7 +13,7 @@ from zipserve.prefill.config import PrefillSettings
 from zipserve.router.config import RouterSettings
 
 SECRET = "sixteen bytes or more"
-CLASSES = [PrefillSettings, DecodeSettings, KvStoreSettings, RouterSettings]
+CLASSES: list[type[ServiceSettings]] = [PrefillSettings, DecodeSettings, KvStoreSettings, RouterSettings]
 
 
 def prefix_of(cls: type[ServiceSettings]) -> str:
@@ -184,7 +184,7 @@ def test_the_secret_is_not_printed(cls: type[ServiceSettings]) -> None:
 
 def test_settings_cannot_be_changed(cls: type[ServiceSettings]) -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        cls.load([]).drain_s = 1.0  # type: ignore[misc]  # this is what must fail
+        cls.load([]).drain_s = 1.0  # this is what must fail
 
 
 def test_unknown_names_from_code() -> None:

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import redis.asyncio as redis
+from google.protobuf.message import DecodeError
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from zipserve.common import log
@@ -45,9 +48,10 @@ class WorkerRecord:
 
 async def _passed(event: asyncio.Event, timeout_s: float) -> bool:
     """Waits for an event; False when the time ran out. The loops end by an event and not by cancellation, because
-    redis-py may take a cancellation for a time-out of its own and swallow it."""
+    redis-py waits by asyncio.wait_for, which in Python 3.11 swallows a cancellation that meets its result."""
     try:
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):
+            await event.wait()
     except TimeoutError:
         return False
     return True
@@ -55,7 +59,10 @@ async def _passed(event: asyncio.Event, timeout_s: float) -> bool:
 
 def _connect(settings: ServiceSettings) -> redis.Redis:
     return redis.Redis.from_url(
-        settings.redis_url, socket_timeout=_OPERATION_TIMEOUT_S, socket_connect_timeout=_OPERATION_TIMEOUT_S
+        settings.redis_url,
+        socket_timeout=_OPERATION_TIMEOUT_S,
+        socket_connect_timeout=_OPERATION_TIMEOUT_S,
+        retry=Retry(NoBackoff(), 1),  # once, for a connection that Redis has closed; the loops here do the rest
     )
 
 
@@ -68,7 +75,7 @@ def _worker_key(cluster: str, worker_id: str) -> str:
 
 
 class RegistryWriter:
-    """Keeps one worker's entry fresh while the context is open, and removes it at the end.
+    """Keeps one worker's entry fresh while the context is open; its last beat says that the worker is going away.
 
     With `capabilities` None it does nothing: the router has no entry.
     """
@@ -94,7 +101,7 @@ class RegistryWriter:
         if self._task is not None:
             await self._task
             with suppress(RedisError, OSError):
-                await self._remove()
+                await self._write(leaving=True)
         await self._redis.aclose()
 
     async def _run(self) -> None:
@@ -103,7 +110,7 @@ class RegistryWriter:
         while True:
             # a change to draining is written at once, not a heartbeat later
             for _ in range(10):
-                if await _passed(self._closing, self._settings.heartbeat_s * min(2**failures, 8) / 10):
+                if await _passed(self._closing, self._pause_s(failures) / 10):
                     return
                 if self._load().draining != was_draining:
                     was_draining = not was_draining
@@ -118,28 +125,29 @@ class RegistryWriter:
                 if failures == 1:
                     _log.warning("registry.unreachable", error=str(error))
 
-    async def _write(self) -> None:
+    def _pause_s(self, failures: int) -> float:
+        # views keep an entry for one time to live after Redis has come back without it: be there before
+        longest_s = max(self._settings.heartbeat_s, self._settings.registry_ttl_s / 4)
+        return min(self._settings.heartbeat_s * 2.0 ** min(failures, 8), longest_s)
+
+    async def _write(self, leaving: bool = False) -> None:
         assert self._capabilities is not None
         self._beat += 1
+        load = Load()
+        load.CopyFrom(self._load())
+        load.draining = load.draining or leaving
         cluster, worker_id = self._settings.cluster, self._settings.worker_id
         ttl_ms = round(self._settings.registry_ttl_s * 1000)
         entry: dict[_Field, _Field] = {
             "capabilities": self._capabilities.SerializeToString(),
-            "load": self._load().SerializeToString(),
+            "load": load.SerializeToString(),
             "beat": str(self._beat),
         }
-        async with self._redis.pipeline(transaction=True) as pipe:
+        async with asyncio.timeout(_OPERATION_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(_worker_key(cluster, worker_id), mapping=entry)
             pipe.pexpire(_worker_key(cluster, worker_id), ttl_ms)
             pipe.sadd(_index_key(cluster), worker_id)
             pipe.pexpire(_index_key(cluster), 4 * ttl_ms)
-            await pipe.execute()
-
-    async def _remove(self) -> None:
-        cluster, worker_id = self._settings.cluster, self._settings.worker_id
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.delete(_worker_key(cluster, worker_id))
-            pipe.srem(_index_key(cluster), worker_id)
             await pipe.execute()
 
 
@@ -200,34 +208,49 @@ class RegistryView:
 
     async def wait_for_change(self, timeout_s: float) -> None:
         """Returns after the next refresh that brought news, or after the time."""
-        async with self._changed:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), timeout_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s), self._changed:
+                await self._changed.wait()
 
     async def refresh(self) -> None:
-        """Reads Redis now.
+        """Reads Redis now, and takes the ids of the dead out of its index.
 
         Raises:
             RedisError, OSError: it cannot be reached; the view stays as it was.
         """
-        cluster = self._settings.cluster
-        ids = sorted(str(i, "ascii") for i in await self._redis.smembers(_index_key(cluster)) if isinstance(i, bytes))
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for worker_id in ids:
-                pipe.hgetall(_worker_key(cluster, worker_id))
-            rows = await pipe.execute()
+        async with asyncio.timeout(_OPERATION_TIMEOUT_S):
+            rows = await self._read()
         now_s = time.monotonic()
-        for worker_id, row in zip(ids, rows, strict=True):
+        for worker_id, row in rows.items():
             if row:
                 self._update(worker_id, row, now_s)
         # an entry that vanished without a farewell may have been lost with Redis' memory: keep it for one TTL
         stale_s = now_s - self._settings.registry_ttl_s
         self._entries = {i: e for i, e in self._entries.items() if e.seen_at_s > stale_s}
 
+    async def _read(self) -> dict[str, dict[bytes, bytes]]:
+        cluster = self._settings.cluster
+        members = await self._redis.smembers(_index_key(cluster))
+        ids = sorted(member.decode(errors="replace") for member in members if isinstance(member, bytes))
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for worker_id in ids:
+                pipe.hgetall(_worker_key(cluster, worker_id))
+            rows = dict(zip(ids, await pipe.execute(), strict=True))
+        dead = [worker_id for worker_id, row in rows.items() if not row]
+        if dead:  # should one of them live after all, then its next beat enters it again
+            await self._redis.srem(_index_key(cluster), *dead)
+        return rows
+
     def _update(self, worker_id: str, row: dict[bytes, bytes], now_s: float) -> None:
-        record = WorkerRecord(
-            Capabilities.FromString(row[b"capabilities"]), Load.FromString(row[b"load"]), int(row[b"beat"])
-        )
+        try:
+            record = WorkerRecord(
+                Capabilities.FromString(row[b"capabilities"]), Load.FromString(row[b"load"]), int(row[b"beat"])
+            )
+        except (KeyError, ValueError, DecodeError) as error:
+            _log.debug("worker.unreadable", peer=worker_id, error=repr(error))
+            return
+        if record.worker_id != worker_id:
+            return  # nobody may speak for another one
         entry = self._entries.get(worker_id)
         if entry is not None and entry.record.incarnation == record.incarnation:
             entry.record, entry.seen_at_s = record, now_s

@@ -77,7 +77,7 @@ class ServiceSettings(BaseSettings):
     def _a_late_heartbeat_is_no_death(self) -> Self:
         if self.registry_ttl_s < 3 * self.heartbeat_s:
             raise ValueError(
-                f"registry_ttl_s must be at least 3 times heartbeat_s, is {self.registry_ttl_s:g} for {self.heartbeat_s:g}"
+                f"registry_ttl_s is {self.registry_ttl_s:g}, must be at least 3 x heartbeat_s ({self.heartbeat_s:g})"
             )
         return self
 

@@ -1,5 +1,6 @@
 """DecodeService: protos to domain and back."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 from zipserve.common.errors import InvalidRequestError, ZipserveError
@@ -29,7 +30,8 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             yield decode_service_pb2.DecodeResponse(pulled=_pulled(stream))
             position = stream.first_position
             while True:
-                item = await stream.output.get()
+                async with asyncio.timeout(deadline.remaining_s()):
+                    item = await stream.output.get()
                 token_ids = []
                 while isinstance(item, int):
                     token_ids.append(item)

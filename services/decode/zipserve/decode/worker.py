@@ -227,4 +227,5 @@ class DecodeWorker:
                 open_tokens = stream.sequence.length % self._device.layout.block_tokens
                 self._device.cache.unpack_tail(stream.reservation.tails[0], open_tokens, stream.reservation.slot)
         logits = self._device.engine.forward([Segment(s.sequence, [s.next_input]) for s in streams])
-        return sample(logits, [s.continuation.sampling for s in streams], [s.first_position + s.generated for s in streams])
+        positions = [s.first_position + s.generated for s in streams]
+        return sample(logits, [s.continuation.sampling for s in streams], positions)

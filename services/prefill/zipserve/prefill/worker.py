@@ -82,13 +82,23 @@ class PrefillWorker:
         self._idle.clear()
         self._work.set()
         try:
-            return await result
+            async with asyncio.timeout(deadline_s - time.monotonic()):
+                return await result
+        except TimeoutError as error:
+            self._abandon(job)
+            raise DeadlineError("the deadline passed before the prompt was computed") from error
         except asyncio.CancelledError:
-            if not result.cancelled() and result.exception() is None:
-                self._source.release_handle(result.result().handle)  # it was computed, but nobody took it
-            elif self._scheduler.cancel(job):
-                self._note_idle()
+            self._abandon(job)
             raise
+
+    def _abandon(self, job: Job[Prompt]) -> None:
+        """Nobody waits for the result any more."""
+        result = job.payload.result
+        if result.done() and not result.cancelled() and result.exception() is None:
+            self._source.release_handle(result.result().handle)  # it was computed, but nobody took it
+        elif self._scheduler.cancel(job):
+            self._work.set()  # the next one may fit where this one did not
+            self._note_idle()
 
     def free(self, held: Held) -> None:
         """Takes slabs back; poisoned first, so that a late reader notices."""

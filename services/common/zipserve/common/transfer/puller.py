@@ -2,9 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from redis.exceptions import RedisError
 
@@ -12,6 +13,7 @@ from zipserve.common import log, tracing
 from zipserve.common.errors import (
     BlockStaleError,
     BlockSwappedError,
+    DeadlineError,
     HandoffError,
     IncarnationError,
     LayoutMismatchError,
@@ -33,6 +35,7 @@ from zipserve.v1 import kv_pb2, kv_transfer_service_pb2, kv_transfer_service_pb2
 _log = log.get()
 _RPC_TIMEOUT_S = 5.0
 _RENEWALS_PER_TTL = 3
+_KINDS = {kind.value for kind in SlabKind}
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class PullStats:
 @dataclass(frozen=True)
 class _Peer:
     incarnation: int
-    address: str
     agent: str
     arenas: dict[SlabKind, ArenaInfo]
 
@@ -113,6 +115,8 @@ class KvPuller:
 
     async def connect_early(self, records: list[WorkerRecord]) -> None:
         """Connects to workers whose layout we read and that we do not know yet, so that no request pays for it."""
+        for worker_id in [w for w in self._peers if self._registry.find(w) is None]:
+            await self._transport.disconnect(self._peers.pop(worker_id).agent)  # it will come back with another name
         for record in records:
             peer = self._peers.get(record.worker_id)
             known = peer is not None and peer.incarnation == record.incarnation
@@ -126,15 +130,20 @@ class KvPuller:
         Raises:
             HandoffError: of the class that tells what was wrong. DeadlineError. WorkerLostError.
         """
-        peer = await self._connect(claims.worker_id, claims.incarnation, deadline.remaining_s(_RPC_TIMEOUT_S))
+        try:
+            peer = await self._connect(claims.worker_id, claims.incarnation, deadline.remaining_s(_RPC_TIMEOUT_S))
+        except WorkerLostError:
+            deadline.remaining_s()  # when it has passed meanwhile, then that is the reason
+            raise
         ranges = [self._range(peer, ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True)]
         size_bytes = sum(r.size_bytes for r in ranges)
         started_s = time.monotonic()
         types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
         try:
             await self._transport.read(peer.agent, ranges, types, claims.lease_id, deadline.remaining_s())
-        except ZipserveError:
-            self._peers.pop(claims.worker_id, None)  # the transport has dropped it; the next pull connects anew
+        except BaseException:  # also when it is cancelled
+            if self._peers.get(claims.worker_id) is peer:
+                del self._peers[claims.worker_id]  # the transport has dropped it; the next pull connects anew
             raise
         read_s = time.monotonic()
         self._metrics.transfer_bytes.inc(size_bytes)
@@ -143,23 +152,16 @@ class KvPuller:
         blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref in claims.refs)
         return PullStats(size_bytes, blocks, read_s - started_s, time.monotonic() - read_s)
 
-    async def stub(self, worker_id: str) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
-        """The KvTransferService of a worker.
+    async def stub(self, worker_id: str, incarnation: int) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
+        """The KvTransferService of one life of a worker.
 
         Raises:
-            WorkerLostError: the registry does not know it.
+            WorkerLostError: the registry does not know the worker.
+            IncarnationError: it knows another life of it.
         """
-        if self._registry.find(worker_id) is None:
-            await self._refresh()  # it, or this process, may be younger than the last poll
-        record = self._registry.find(worker_id)
-        if record is None:
-            raise WorkerLostError(f"worker {worker_id} is not in the registry")
+        record = await self._find(worker_id, incarnation)
         channel = self._channels.get(record.capabilities.address)
         return kv_transfer_service_pb2_grpc.KvTransferServiceStub(channel)
-
-    async def _refresh(self) -> None:
-        with suppress(RedisError, OSError):
-            await self._registry.refresh()
 
     def _check(self, claims: kv_pb2.KvClaims) -> None:
         if claims.layout_fingerprint != self._layout.fingerprint:
@@ -170,6 +172,8 @@ class KvPuller:
         position = 0
         for ref in claims.refs:
             is_block = ref.kind == kv_pb2.SLAB_KIND_BLOCK
+            if not is_block and ref.kind != kv_pb2.SLAB_KIND_TAIL:
+                raise LayoutMismatchError(f"the slab at position {ref.start_position} is of unknown kind {ref.kind}")
             tokens = self._layout.block_tokens if is_block else ref.tokens
             size = HEADER_BYTES + self._layout.payload_bytes(tokens)
             fits = position % self._layout.block_tokens == 0 and 0 < tokens <= self._layout.block_tokens - (
@@ -178,8 +182,8 @@ class KvPuller:
             if not fits or (ref.start_position, ref.tokens, ref.bytes) != (position, tokens, size):
                 raise LayoutMismatchError(f"the slab at position {ref.start_position} does not fit the layout")
             position += tokens
-        if position != claims.tokens:
-            raise LayoutMismatchError(f"the handle covers {position} tokens but claims {claims.tokens}")
+        if position != claims.tokens or not position:
+            raise LayoutMismatchError(f"the handle covers {position} tokens and claims {claims.tokens}")
 
     def _range(self, peer: _Peer, ref: kv_pb2.BlockRef, local_slab: int) -> Range:
         kind = SlabKind(ref.kind)
@@ -211,37 +215,40 @@ class KvPuller:
                 raise
 
     async def _connect(self, worker_id: str, incarnation: int, timeout_s: float) -> _Peer:
-        async with self._connecting.setdefault(worker_id, asyncio.Lock()):
-            peer = self._peers.get(worker_id)
-            if peer is not None and peer.incarnation == incarnation:
-                return peer
-            if peer is not None:
-                del self._peers[worker_id]
-                await self._transport.disconnect(peer.agent)
-            record = await self.find(worker_id, incarnation)
-            request = kv_transfer_service_pb2.ConnectRequest(
-                worker_id=self._worker_id,
-                expected_incarnation=incarnation,
-                layout_fingerprint=self._layout.fingerprint,
-            )
-            with client_errors():
-                answer = await (await self.stub(worker_id)).Connect(request, timeout=timeout_s)
-            agent = await self._transport.connect(answer.agent_metadata)
-            arenas = {SlabKind(a.kind): _arena(a) for a in answer.arenas}
-            self._peers[worker_id] = _Peer(incarnation, record.capabilities.address, agent, arenas)
-            _log.info("peer.connected", peer=worker_id, peer_incarnation=f"{incarnation:016x}")
-            return self._peers[worker_id]
+        try:
+            async with asyncio.timeout(timeout_s), self._connecting.setdefault(worker_id, asyncio.Lock()):
+                return await self._connect_alone(worker_id, incarnation)
+        except (TimeoutError, DeadlineError) as error:
+            raise WorkerLostError(f"worker {worker_id} did not answer within {timeout_s:.1f} s") from error
 
-    async def find(self, worker_id: str, incarnation: int) -> WorkerRecord:
-        """One life of a worker.
+    async def _connect_alone(self, worker_id: str, incarnation: int) -> _Peer:
+        peer = self._peers.get(worker_id)
+        if peer is not None and peer.incarnation == incarnation:
+            return peer
+        if peer is not None:
+            del self._peers[worker_id]
+            await self._transport.disconnect(peer.agent)
+        stub = await self.stub(worker_id, incarnation)
+        request = kv_transfer_service_pb2.ConnectRequest(
+            worker_id=self._worker_id,
+            expected_incarnation=incarnation,
+            layout_fingerprint=self._layout.fingerprint,
+        )
+        with client_errors():
+            answer = await stub.Connect(request)
+        arenas = {SlabKind(a.kind): _arena(a) for a in answer.arenas if a.kind in _KINDS}
+        if set(arenas) != set(SlabKind):
+            raise LayoutMismatchError(f"{worker_id} offers no arena for some kind of slab")
+        agent = await self._transport.connect(answer.agent_metadata)
+        self._peers[worker_id] = _Peer(incarnation, agent, arenas)
+        _log.info("peer.connected", peer=worker_id, peer_incarnation=f"{incarnation:016x}")
+        return self._peers[worker_id]
 
-        Raises:
-            WorkerLostError: the registry does not know the worker.
-            IncarnationError: it knows another life of it.
-        """
+    async def _find(self, worker_id: str, incarnation: int) -> WorkerRecord:
         record = self._registry.find(worker_id)
         if record is None or record.incarnation != incarnation:
-            await self._refresh()
+            with suppress(RedisError, OSError):
+                await self._registry.refresh()  # it, or this process, may be younger than the last poll
             record = self._registry.find(worker_id)
         if record is None:
             raise WorkerLostError(f"worker {worker_id} is not in the registry")
@@ -261,8 +268,8 @@ class HeldLease:
         self._metadata = tracing.outgoing(request_id)
         self._released = False
         self._confirmed = asyncio.Event()
-        self._lost: ZipserveError | None = None
-        self._task = asyncio.create_task(self._keep(), name="lease-heartbeat")
+        self._lost = asyncio.create_task(self._keep(), name="lease-heartbeat")
+        """Ends with the error that ended the lease."""
 
     async def pull(self, local_slabs: list[int], deadline: Deadline) -> PullStats:
         """Reads and verifies all slabs, then releases the lease.
@@ -271,50 +278,69 @@ class HeldLease:
             LeaseExpiredError: it was not alive before, or not any more after the read; what was read is void.
             HandoffError, WorkerLostError, DeadlineError: see `KvPuller.pull`.
         """
-        await asyncio.wait_for(self._confirmed.wait(), deadline.remaining_s())
-        if self._lost is not None:
-            raise self._lost
-        stats = await self._puller.pull(self._claims, local_slabs, deadline)
+        try:
+            async with asyncio.timeout(deadline.remaining_s()):
+                await self._confirmed.wait()
+        except TimeoutError as error:
+            raise DeadlineError("the deadline passed while a lease was to be confirmed") from error
+        stats = await self._while_alive(self._puller.pull(self._claims, local_slabs, deadline))
         if not await self._release():
             raise LeaseExpiredError(f"the lease of {self._claims.worker_id} expired during the read")
         return stats
 
     async def close(self) -> None:
         """Stops renewing; releases the lease unless that has happened."""
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
+        self._lost.cancel()
+        await asyncio.gather(self._lost, return_exceptions=True)
         if not self._released:
             # also when the caller is being cancelled: the peer's slabs are freed at once, not at expiry
             await asyncio.shield(asyncio.create_task(self._release()))
 
+    async def _while_alive(self, pulling: Coroutine[Any, Any, PullStats]) -> PullStats:
+        """Waits for a pull, but not for longer than the lease lives: a peer that is lost may never deliver."""
+        pull = asyncio.create_task(pulling, name="pull")
+        try:
+            await asyncio.wait({pull, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            return pull.result() if pull.done() else self._lost.result()
+        finally:
+            pull.cancel()
+            while not pull.done():  # the slabs are not free before the read has ended, even if we are cancelled again
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({pull})
+
     async def _release(self) -> bool:
         """True unless the peer said that the lease had expired; a dead peer is no reason to discard verified bytes."""
-        self._released = True
         request = kv_transfer_service_pb2.ReleaseLeaseRequest(lease_id=self._claims.lease_id)
         try:
-            stub = await self._puller.stub(self._claims.worker_id)
+            stub = await self._puller.stub(self._claims.worker_id, self._claims.incarnation)
             with client_errors():
                 answer = await stub.ReleaseLease(request, timeout=_RPC_TIMEOUT_S, metadata=self._metadata)
         except ZipserveError as error:
             _log.warning("lease.release_failed", peer=self._claims.worker_id, error=error.message)
+            self._released = True
             return True
+        self._released = True
         return answer.was_alive
 
-    async def _keep(self) -> None:
+    async def _keep(self) -> NoReturn:
+        """Renews the lease until it is lost; raises why it was."""
         ttl_s = to_seconds(self._claims.lease_ttl)
         request = kv_transfer_service_pb2.RenewLeasesRequest(lease_ids=[self._claims.lease_id])
-        while self._lost is None:
-            try:
-                await self._puller.find(self._claims.worker_id, self._claims.incarnation)
-                stub = await self._puller.stub(self._claims.worker_id)
+        try:
+            while True:
+                stub = await self._puller.stub(self._claims.worker_id, self._claims.incarnation)
                 with client_errors():
-                    answer = await stub.RenewLeases(request, timeout=ttl_s, metadata=self._metadata)
+                    answer = await stub.RenewLeases(
+                        request, timeout=min(ttl_s, _RPC_TIMEOUT_S), metadata=self._metadata
+                    )
                 if answer.lost_lease_ids:
-                    self._lost = LeaseExpiredError(f"the lease of {self._claims.worker_id} has expired")
-            except ZipserveError as error:
-                self._lost = error
+                    raise LeaseExpiredError(f"the lease of {self._claims.worker_id} has expired")
+                self._confirmed.set()
+                await asyncio.sleep(ttl_s / _RENEWALS_PER_TTL)
+        except DeadlineError as error:  # of the renewal, not of the request
+            raise WorkerLostError(f"worker {self._claims.worker_id} does not answer") from error
+        finally:
             self._confirmed.set()
-            await asyncio.sleep(ttl_s / _RENEWALS_PER_TTL)
 
 
 def _arena(message: kv_transfer_service_pb2.Arena) -> ArenaInfo:

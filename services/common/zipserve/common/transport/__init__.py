@@ -73,7 +73,8 @@ class Transport(Protocol):
     ) -> None:
         """Reads all ranges, and notifies the peer when done. `memory_types` are (remote, local).
 
-        When this returns or raises, also by cancellation, nothing writes to the local addresses any more.
+        When this returns or raises, also by cancellation, nothing writes to the local addresses any more. For that, a
+        read that is cancelled or late may go on for a moment.
 
         Raises:
             TransferError: the peer is gone or the transport failed; the peer is then disconnected.

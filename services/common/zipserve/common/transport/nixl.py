@@ -24,6 +24,7 @@ from zipserve.common.transport import ArenaInfo, Range
 _log = log.get()
 _POLL_BUSY_S = 0.0005
 _POLL_IDLE_S = 0.02
+_GRACE_S = 0.5
 T = TypeVar("T")
 
 
@@ -35,7 +36,6 @@ class _Read:
     notification: bytes
     deadline_s: float
     done: "Future[None]" = field(default_factory=Future)
-    abandoned: bool = False
     handle: Any = None
 
 
@@ -91,6 +91,7 @@ class NixlTransport:
     async def read(
         self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
     ) -> None:
+        self._check_open()
         read = _Read(peer, ranges, memory_types, notification, time.monotonic() + timeout_s)
         self._inbox.put(lambda: self._post(read))
         waiting = asyncio.wrap_future(read.done)
@@ -98,8 +99,7 @@ class NixlTransport:
             await asyncio.shield(waiting)
         except asyncio.CancelledError:
             # the slabs must not be reused while bytes may still arrive: wait until the thread has ended the read
-            read.abandoned = True
-            self._inbox.put(lambda: None)
+            read.deadline_s = time.monotonic()
             with suppress(ZipserveError):
                 await _uncancelled(waiting)
             raise
@@ -109,10 +109,17 @@ class NixlTransport:
         self._inbox.put(lambda: None)
         self._thread.join()
 
+    def _check_open(self) -> None:
+        if self._closing:
+            raise TransferError("the transport is closed")
+
     async def _in_thread(self, action: Callable[[], T]) -> T:
+        self._check_open()
         done: Future[T] = Future()
 
         def act() -> None:
+            if not done.set_running_or_notify_cancel():
+                return  # nobody waits any more
             try:
                 done.set_result(action())
             except Exception as error:  # noqa: BLE001
@@ -131,6 +138,9 @@ class NixlTransport:
             self._poll_notifications()
             for read in self._reads[:]:
                 self._poll(read)
+        with suppress(queue.Empty):
+            while True:
+                self._inbox.get_nowait()()  # somebody waits for the answer
         for read in self._reads[:]:
             self._finish(read, TransferError("the transport is closing"))
         with suppress(Exception):
@@ -180,9 +190,8 @@ class NixlTransport:
             self._finish(read, None)
         elif state != "PROC":
             self._finish(read, TransferError(f"reading from {read.peer} failed"))
-        elif read.abandoned:
-            self._finish(read, TransferError("abandoned"))
-        elif time.monotonic() >= read.deadline_s:
+        elif time.monotonic() >= read.deadline_s + _GRACE_S:
+            # ending a read drops the peer, and so all other reads from it: it gets the time to end by itself
             self._finish(read, DeadlineError(f"{read.peer} did not deliver {len(read.ranges)} slabs in time"))
 
     def _finish(self, read: _Read, error: ZipserveError | None) -> None:
