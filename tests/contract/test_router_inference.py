@@ -185,7 +185,7 @@ async def test_invalid_requests(alone: Cluster) -> None:
         assert (refused.code, refused.reason) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST"), request
         assert refused.field == field, request
         assert re.search(message, refused.message), refused.message
-    assert alone.requests == 0
+    await alone.at_rest()
 
 
 async def test_no_prompt(alone: Cluster) -> None:
@@ -248,7 +248,7 @@ async def test_too_many_requests(stack: AsyncExitStack, model: ModelFiles, redis
     assert refused.message == "1 requests are in flight, 1 is the limit"
     assert refused.retry_s == 1.0
     waiting.cancel()
-    await until(lambda: cluster.requests == 0)
+    await cluster.at_rest()
     refused = await refusal(cluster.generate(stop=StopConditions(max_tokens=91)))
     assert refused.message == "prompt and max_tokens are 101 tokens, this router admits at most 100"
 
@@ -279,7 +279,7 @@ async def test_a_cancelled_stream_cancels_the_decode(alone: Cluster) -> None:
     call.cancel()
     async with asyncio.timeout(5):
         await decode.cancelled.wait()
-    await until(lambda: alone.requests == 0)
+    await alone.at_rest()
     assert prefill.released == [], "the decode worker that has taken the handle over releases it"
 
 
@@ -292,7 +292,7 @@ async def test_a_cancelled_request_cancels_the_prefill(alone: Cluster) -> None:
     call.cancel()
     async with asyncio.timeout(5):
         await prefill.cancelled.wait()
-    await until(lambda: alone.requests == 0)
+    await alone.at_rest()
 
 
 @pytest.mark.parametrize("where", ["prefill", "decode", "no worker"])
@@ -310,7 +310,7 @@ async def test_a_passed_deadline_ends_every_hop(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await answer(cluster.generate(timeout=0.5, stop=StopConditions(max_tokens=100)))
     assert caught.value.code() in {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE}
-    await until(lambda: cluster.requests == 0)
+    await cluster.at_rest()
     if hop is not None:
         assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
         async with asyncio.timeout(5):

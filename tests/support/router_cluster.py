@@ -1,12 +1,12 @@
 """A router behind real gRPC with a real registry and fake workers, and how a test talks to it."""
 
 import uuid
+from collections import Counter
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
@@ -14,7 +14,9 @@ from inprocess import SECRET, running
 from router_peers import Peer, serving, until
 from zipserve.common.models import ModelFiles
 from zipserve.router.config import RouterSettings
+from zipserve.router.frontend import Frontend
 from zipserve.router.service import RouterService
+from zipserve.router.workers import GrpcWorkers
 from zipserve.v1.inference_service_pb2 import Finished, GenerateRequest, GenerateResponse, Started, TokenIds
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from zipserve.v1.worker_service_pb2 import WorkerRole
@@ -42,23 +44,38 @@ class Cluster:
         return peer
 
     async def knows(self, name: str) -> None:
-        workers = self.service._workers
-        assert workers is not None
-        await until(lambda: name in {w.worker_id for w in workers.prefills() + workers.decodes()})
+        """Returns when the router knows a worker."""
+        await until(lambda: name in {w.worker_id for w in [*self.workers.prefills(), *self.workers.decodes()]})
 
     def generate(self, *, timeout: float | None = 20.0, metadata: Any = None, **request: Any) -> Any:
-        if "text" not in request and "chat" not in request:
-            request.setdefault("token_ids", PROMPT)
+        """Starts a call, of PROMPT unless the request has another prompt."""
+        if not {"text", "chat", "token_ids"} & set(request):
+            request["token_ids"] = PROMPT
         return self.stub.Generate(GenerateRequest(**request), timeout=timeout, metadata=metadata)
 
     @property
-    def requests(self) -> int:
-        frontend = self.service._frontend
-        assert frontend is not None
-        return frontend.requests
+    def frontend(self) -> Frontend:
+        """The router's inside."""
+        assert self.service._frontend is not None
+        return self.service._frontend
+
+    @property
+    def workers(self) -> GrpcWorkers:
+        """The router's view of its workers."""
+        assert self.service._workers is not None
+        return self.service._workers
+
+    async def at_rest(self) -> None:
+        """Returns when the router has no request, no count and no release left over."""
+        await until(lambda: self.frontend.requests == 0)
+        in_flight = self.frontend._in_flight
+        assert (in_flight.prefill_tokens, in_flight.decode_requests) == (Counter(), Counter())
+        assert self.frontend._admission.tokens == 0
+        await self.workers.settled()
 
 
 async def build(stack: AsyncExitStack, model: ModelFiles, redis_url: str, **settings: Any) -> Cluster:
+    """Starts a router without workers; it ends with the stack."""
     values = {
         "cluster": uuid.uuid4().hex,
         "redis_url": redis_url,
@@ -77,6 +94,8 @@ async def build(stack: AsyncExitStack, model: ModelFiles, redis_url: str, **sett
 
 @dataclass
 class Answer:
+    """A whole stream, put together."""
+
     started: Started
     token_ids: list[int]
     text: str
@@ -84,6 +103,7 @@ class Answer:
 
 
 def collect(responses: list[GenerateResponse]) -> Answer:
+    """Puts a stream together, and checks that it has every event in order and every token once."""
     kinds = [response.WhichOneof("event") for response in responses]
     assert kinds == ["started", *["delta"] * (len(kinds) - 2), "finished"]
     token_ids: list[int] = []
@@ -97,11 +117,14 @@ def collect(responses: list[GenerateResponse]) -> Answer:
 
 
 async def answer(call: Any) -> Answer:
+    """Reads a call to its end."""
     return collect([response async for response in call])
 
 
 @dataclass
 class Refusal:
+    """An error as a client sees it."""
+
     code: grpc.StatusCode
     message: str
     reason: str
@@ -111,19 +134,27 @@ class Refusal:
 
 async def refusal(call: Any) -> Refusal:
     """The error that a call ends with, with its google.rpc details."""
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
+    try:
         async for _ in call:
             pass
-    status = rpc_status.from_call(caught.value)  # type: ignore[arg-type]
-    assert status is not None, caught.value
+    except grpc.aio.AioRpcError as error:
+        return explain(error)
+    raise AssertionError("the call succeeded")
+
+
+def explain(error: grpc.aio.AioRpcError) -> Refusal:
+    """Reads the details of a status."""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]  # AioRpcError has what it reads
+    assert status is not None, error
     info, bad, retry = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
-    found = [d for d in (info, bad, retry) for detail in status.details if detail.Unpack(d)]
-    assert info in found
-    assert info.domain == "zipserve"
+    kinds: dict[str, Any] = {message.DESCRIPTOR.full_name: message for message in (info, bad, retry)}
+    for detail in status.details:
+        assert detail.Unpack(kinds[detail.TypeName()])
+    assert info.domain == "zipserve", error
     return Refusal(
-        caught.value.code(),
-        caught.value.details() or "",
+        error.code(),
+        error.details() or "",
         info.reason,
         bad.field_violations[0].field if bad.field_violations else "",
-        retry.retry_delay.ToTimedelta().total_seconds() if retry in found else None,
+        retry.retry_delay.ToTimedelta().total_seconds() if retry.HasField("retry_delay") else None,
     )

@@ -41,13 +41,13 @@ def sentencepiece_tokenizer(words: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def write(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE) -> Path:
+def write(folder: Path, *, chat_template: str | None = CHAT_TEMPLATE, context_tokens: int = CONTEXT_TOKENS) -> Path:
     """Writes the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"model_type": "llama", "vocab_size": tokenizer.get_vocab_size(), "eos_token_id": EOS}
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": CONTEXT_TOKENS}))
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context_tokens}))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "eos_token": "</s>"}
     if chat_template is not None:
         names["chat_template"] = chat_template

@@ -75,13 +75,20 @@ class Peer:
     """A handle was released."""
     layout: bytes = b"layout A"
     draining: bool = False
+    tokens_per_event: int = 1
+    context_tokens: int = CONTEXT_TOKENS
+    position: int = 0
+    """Of the last token decoded, in any call."""
     address: str = ""
+    server: grpc.aio.Server | None = None
+    death: asyncio.Task[None] | None = None
     incarnation: int = field(default_factory=lambda: secrets.randbits(64))
 
     async def start(self, address: str) -> None:
         self.address = address
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
+        self.server = server
         if self.role == WorkerRole.WORKER_ROLE_PREFILL:
             add_PrefillServiceServicer_to_server(_Prefill(self), server)
             return ["zipserve.v1.PrefillService"]
@@ -97,7 +104,7 @@ class Peer:
             address=self.address,
             model=self.model.name,
             model_revision=self.model.revision,
-            context_tokens=CONTEXT_TOKENS,
+            context_tokens=self.context_tokens,
             vocab_tokens=VOCAB_TOKENS,
             eos_token_ids=[EOS],
             readable_layouts=[self.layout],
@@ -117,6 +124,13 @@ class Peer:
 
     async def close(self) -> None:
         pass
+
+    async def die(self) -> None:
+        """Breaks every connection and accepts none; the heartbeat goes on, which is the worst case for a router."""
+        assert self.server is not None
+        # in a task of its own: a call that does this is itself cancelled by it
+        self.death = asyncio.create_task(self.server.stop(None))
+        await asyncio.shield(self.death)
 
     def note(self, request: PrefillRequest | DecodeRequest, context: Context) -> None:
         self.requests.append(request)
@@ -166,11 +180,13 @@ class _Decode(DecodeServiceServicer):
             yield DecodeResponse(pulled=pulled)
             start = int(request.handle.claims.split()[-1]) + 1
             reason = FinishReason.FINISH_REASON_LENGTH
-            for position in range(start, start + request.max_new_tokens):
-                await peer.at_token(position)
-                token_id = EOS if position == peer.end_at else token_at(position)
-                yield DecodeResponse(tokens=DecodedTokens(position=position, token_ids=[token_id]))
-                if token_id in request.stop_token_ids:
+            for first in range(start, start + request.max_new_tokens, peer.tokens_per_event):
+                last = min(first + peer.tokens_per_event, start + request.max_new_tokens)
+                token_ids = [EOS if p == peer.end_at else token_at(p) for p in range(first, last)]
+                await peer.at_token(first)
+                peer.position = last - 1
+                yield DecodeResponse(tokens=DecodedTokens(position=first, token_ids=token_ids))
+                if set(token_ids) & set(request.stop_token_ids):
                     reason = FinishReason.FINISH_REASON_STOP
                     break
             yield DecodeResponse(finished=DecodeFinished(reason=reason))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inprocess import SECRET, running
 from zipserve.common.metrics import Metrics
@@ -113,11 +114,11 @@ class Prefill:
     transfer: "KvTransferServiceAsyncStub"
     channels: ChannelPool
 
-    def request(self, token_ids: list[int], **changes: Any) -> PrefillRequest:
+    def request(self, prompt_ids: list[int], **changes: Any) -> PrefillRequest:
         """A request that is right, but for the changes."""
         fields = {
             "request_id": "r",
-            "token_ids": token_ids,
+            "token_ids": prompt_ids,
             "sampling": GREEDY,
             "layout_fingerprint": self.service.device.layout.fingerprint,
         }
@@ -309,6 +310,13 @@ async def workers(model: Path, redis_url: str, cluster: str) -> AsyncIterator[Wo
         all_workers = Workers(stack, model, redis_url, cluster)
         stack.push_async_callback(all_workers.channels.close)
         yield all_workers
+
+
+async def health(channels: ChannelPool, address: str, service: str) -> bool:
+    """Whether a server calls one of its services SERVING."""
+    stub: Any = health_pb2_grpc.HealthStub(channels.get(address))
+    answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=5.0)
+    return bool(answer.status == health_pb2.HealthCheckResponse.SERVING)
 
 
 async def _load(channels: ChannelPool, address: str) -> Load:

@@ -1,8 +1,9 @@
 """The one server interceptor: request id, span, metrics, and errors turned into statuses."""
 
+import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -74,7 +75,8 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         request_id = next((str(value) for key, value in metadata if key == tracing.REQUEST_ID_KEY), "")
         started_s = time.monotonic()
         reason = "CANCELLED"
-        with structlog.contextvars.bound_contextvars(request_id=request_id), tracing.server_span(method, metadata):
+        bound = structlog.contextvars.bound_contextvars(request_id=request_id)
+        with _gone_is_cancelled(), bound, tracing.server_span(method, metadata):
             try:
                 if isinstance(request, _Malformed):
                     raise InvalidRequestError(f"the request is not a valid message: {request.reason}")
@@ -98,6 +100,15 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             finally:
                 self._metrics.rpcs.labels(method, reason).inc()
                 self._metrics.rpc_seconds.labels(method).observe(time.monotonic() - started_s)
+
+
+@contextmanager
+def _gone_is_cancelled() -> Iterator[None]:
+    """A call that the core cannot send on has lost its client; gRPC would log that as a failure of ours."""
+    try:
+        yield
+    except grpc.aio.InternalError as error:
+        raise asyncio.CancelledError from error
 
 
 async def _abort(context: Context, error: ZipserveError) -> None:
