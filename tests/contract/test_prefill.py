@@ -273,8 +273,8 @@ def waits(task: "asyncio.Task[PrefillResponse]") -> None:
 
 WAYS = [
     pytest.param(cancels, {"timeout_s": 20.0}, asyncio.CancelledError, {}, id="cancel"),
-    pytest.param(waits, {"timeout_s": 0.3}, errors.DeadlineError, {}, id="deadline"),
-    pytest.param(waits, {"timeout_s": None}, errors.DeadlineError, {"deadline_default_s": 0.3}, id="default-deadline"),
+    pytest.param(waits, {"timeout_s": 0.8}, errors.DeadlineError, {}, id="deadline"),
+    pytest.param(waits, {"timeout_s": None}, errors.DeadlineError, {"deadline_default_s": 0.8}, id="default-deadline"),
 ]
 
 

@@ -187,6 +187,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.in_flight = InFlight()
+        self.deadline = Deadline(self.deadline_s)
         job = Job("r1", PROMPT, Sampling(seed=1), self.max_tokens, self.stop, frozenset({STOP_ID}))
         self.transcript = Transcript(job, Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids), ()))
         self.session = Session(
@@ -195,7 +196,7 @@ class Run:
             self.transcript,
             self.workers,
             self.in_flight,
-            Deadline(self.deadline_s),
+            self.deadline,
             self.rules,
             self.metrics,
             now=lambda: self.workers.now_s,
@@ -492,10 +493,10 @@ def test_a_passed_deadline_between_prefill_and_decode_releases_the_handle() -> N
     class Late(FakeWorkers):
         async def prefill(self, worker: Worker, request: PrefillRequest, timeout_s: float) -> PrefillResponse:
             answer = await super().prefill(worker, request, timeout_s)
-            await asyncio.sleep(timeout_s)
+            run.deadline.at_s = 0.0
             return answer
 
-    run = Run(Late(), deadline_s=0.02)
+    run = Run(Late())
     run.fails(DeadlineError)
     assert list(run.workers.handles.values()) == [["released"]]
     run.check_nothing_is_left()

@@ -1,5 +1,6 @@
 """Deadlines, durations, and the channel pool."""
 
+import asyncio
 import time
 from typing import Any, cast
 
@@ -82,6 +83,37 @@ async def test_one_channel_per_address() -> None:
     async with ChannelPool(1 << 20) as channels:
         assert channels.get("127.0.0.1:1") is channels.get("127.0.0.1:1")
         assert channels.get("127.0.0.1:1") is not channels.get("127.0.0.1:2")
+
+
+async def test_a_server_that_is_slow_to_greet_is_waited_for() -> None:
+    """As a loaded machine or a long way makes it: an attempt to connect must have more than a moment."""
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    pumps: list[asyncio.Task[None]] = []
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.5)  # the slowness itself
+        upstream_reader, upstream_writer = await asyncio.open_connection("127.0.0.1", port)
+        pumps.append(asyncio.create_task(_pump(upstream_reader, writer)))
+        await _pump(reader, upstream_writer)
+
+    proxy = await asyncio.start_server(forward, "127.0.0.1", 0)
+    async with ChannelPool(1 << 20) as channels:
+        channel: Any = channels.get("127.0.0.1:" + str(proxy.sockets[0].getsockname()[1]))
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await channel.unary_unary("/a/b")(b"", timeout=5)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED, "it did not get as far as the server"
+    proxy.close()
+    await server.stop(0)
+    await asyncio.gather(*pumps)
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    while data := await reader.read(1 << 16):
+        writer.write(data)
+        await writer.drain()
+    writer.close()
 
 
 async def test_a_closed_pool_fails_its_calls_and_can_be_closed_again() -> None:

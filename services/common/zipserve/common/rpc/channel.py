@@ -37,7 +37,7 @@ class ChannelPool:
             ("grpc.keepalive_time_ms", 20_000),
             ("grpc.keepalive_timeout_ms", 5_000),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 2_000),  # whatever its name says: the time for one attempt
             ("grpc.max_reconnect_backoff_ms", 1_000),
             ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
         ]

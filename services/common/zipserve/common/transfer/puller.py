@@ -34,6 +34,7 @@ from zipserve.v1 import kv_pb2, kv_transfer_service_pb2, kv_transfer_service_pb2
 
 _log = log.get()
 _RPC_TIMEOUT_S = 5.0
+_LAST_TRY_TIMEOUT_S = 0.5
 _RENEWALS_PER_TTL = 3
 _KINDS = {kind.value for kind in SlabKind}
 
@@ -283,18 +284,22 @@ class HeldLease:
                 await self._confirmed.wait()
         except TimeoutError as error:
             raise DeadlineError("the deadline passed while a lease was to be confirmed") from error
+        if self._lost.done():
+            self._lost.result()
         stats = await self._while_alive(self._puller.pull(self._claims, local_slabs, deadline))
-        if not await self._release():
+        if not await self._release(deadline.remaining_s(_RPC_TIMEOUT_S)):
             raise LeaseExpiredError(f"the lease of {self._claims.worker_id} expired during the read")
         return stats
 
     async def close(self) -> None:
         """Stops renewing; releases the lease unless that has happened."""
+        is_lost = self._lost.done()
         self._lost.cancel()
         await asyncio.gather(self._lost, return_exceptions=True)
         if not self._released:
             # also when the caller is being cancelled: the peer's slabs are freed at once, not at expiry
-            await asyncio.shield(asyncio.create_task(self._release()))
+            timeout_s = _LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S
+            await asyncio.shield(asyncio.create_task(self._release(timeout_s)))
 
     async def _while_alive(self, pulling: Coroutine[Any, Any, PullStats]) -> PullStats:
         """Waits for a pull, but not for longer than the lease lives: a peer that is lost may never deliver."""
@@ -307,17 +312,18 @@ class HeldLease:
             while not pull.done():  # the slabs are not free before the read has ended, even if we are cancelled again
                 with suppress(asyncio.CancelledError):
                     await asyncio.wait({pull})
+            if not pull.cancelled():
+                pull.exception()  # it may have failed together with the lease: seen
 
-    async def _release(self) -> bool:
+    async def _release(self, timeout_s: float) -> bool:
         """True unless the peer said that the lease had expired; a dead peer is no reason to discard verified bytes."""
         request = kv_transfer_service_pb2.ReleaseLeaseRequest(lease_id=self._claims.lease_id)
         try:
             stub = await self._puller.stub(self._claims.worker_id, self._claims.incarnation)
             with client_errors():
-                answer = await stub.ReleaseLease(request, timeout=_RPC_TIMEOUT_S, metadata=self._metadata)
+                answer = await stub.ReleaseLease(request, timeout=timeout_s, metadata=self._metadata)
         except ZipserveError as error:
             _log.warning("lease.release_failed", peer=self._claims.worker_id, error=error.message)
-            self._released = True
             return True
         self._released = True
         return answer.was_alive
