@@ -266,7 +266,7 @@ async def test_the_servers_own_deadline_has_details(stack: AsyncExitStack, model
     await cluster.add("d0")
     refused = await refusal(cluster.generate(timeout=None))
     assert (refused.code, refused.reason) == (grpc.StatusCode.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
-    assert 0 < prefill.timeouts_s[0] <= 0.3
+    assert 0 < prefill.timeouts_s[0] < 0.4  # gRPC rounds it up
     async with asyncio.timeout(5):
         await prefill.cancelled.wait()
     await cluster.at_rest()

@@ -136,6 +136,14 @@ def test_a_stop_string_over_several_chunks() -> None:
     assert (output.finish, output.stop_string) == (STOP, "END")
 
 
+def test_half_a_character_comes_out_at_the_end() -> None:
+    tokenizer = router_model.byte_tokenizer()
+    half = tokenizer.encode("aé").ids[:2]
+    output = Transcript(job(max_tokens=2), Detokenizer(tokenizer.decode, ()))
+    assert output.append(3, half[:1]).text == "a"
+    assert output.append(4, half[1:]).text == "\ufffd"
+
+
 def test_held_text_comes_out_at_the_end() -> None:
     output = transcript(job(stop=("END",)))
     output.append(3, codes("aEN"))

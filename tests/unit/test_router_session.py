@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -83,10 +83,10 @@ class FakeWorkers:
     waits_s: list[float] = field(default_factory=list)
 
     def prefills(self) -> list[Worker]:
-        return [fake_worker(f"p{i}") for i in range(self.prefill_count)] + [w for w in self.extra if "p" in w.worker_id]
+        return [fake_worker(f"p{i}", busy=i) for i in range(self.prefill_count)] + self.extra
 
     def decodes(self) -> list[Worker]:
-        return [fake_worker(f"d{i}") for i in range(self.decode_count)]
+        return [fake_worker(f"d{i}", busy=i) for i in range(self.decode_count)]
 
     async def wait_for_change(self, timeout_s: float) -> None:
         assert timeout_s > 0
@@ -168,8 +168,11 @@ class FakeWorkers:
         await asyncio.sleep(0)
 
 
-def fake_worker(name: str) -> Worker:
-    return Worker(name, 1, f"{name}:1", "m", "r", 10_000, frozenset({b"A"}), b"A" if name[0] == "p" else b"")
+def fake_worker(name: str, busy: int = 0) -> Worker:
+    """`busy` makes the first one the best, until it has failed."""
+    layout = b"A" if name[0] == "p" else b""
+    worker = Worker(name, 1, f"{name}:1", "m", "r", 10_000, frozenset({b"A"}), layout)
+    return replace(worker, queued_tokens=1000 * busy, running_requests=10 * busy)
 
 
 @dataclass
@@ -264,7 +267,7 @@ def test_report_adds_up_over_attempts() -> None:
     assert (report.queue_s, report.prefill_s, report.transfer_s) == (0.5, 1.0, 0.25)
     assert (report.kv_bytes, report.kv_blocks) == (2000, 4)
     assert report.kv_tokens == len(PROMPT) + (len(PROMPT) + 5)
-    assert (report.replays, report.prefill_worker, report.decode_worker) == (1, "p1", "d1")
+    assert (report.replays, report.prefill_worker, report.decode_worker) == (1, "p0", "d1")
 
 
 @pytest.mark.parametrize("error", REPLAYABLE, ids=lambda cls: cls.reason)
@@ -436,7 +439,7 @@ def test_a_failed_handoff_avoids_both_ends(error: type[ZipserveError]) -> None:
 
 def test_an_overloaded_worker_is_avoided() -> None:
     run = Run(FakeWorkers(prefill_faults=[OverloadedError("full", retry_after_s=5)])).run()
-    assert run.workers.calls == ["p0", "p1", "d1"]
+    assert run.workers.calls == ["p0", "p1", "d0"]
     assert run.workers.waits_s == []
 
 
@@ -451,7 +454,7 @@ def test_a_newcomer_ends_the_wait_for_an_overloaded_worker() -> None:
     workers = FakeWorkers(prefill_count=1, prefill_faults=[OverloadedError("full", retry_after_s=5)])
     workers.arrivals = {2.0: [fake_worker("p9")]}
     run = Run(workers).run()
-    assert run.workers.calls == ["p0", "p9", "d1"]
+    assert run.workers.calls == ["p0", "p9", "d0"]
     assert run.workers.now_s == 2.0
 
 
@@ -465,7 +468,7 @@ def test_an_overload_beyond_the_deadline_is_reported_at_once() -> None:
 
 def test_draining_is_replayed_but_not_reported_as_lost() -> None:
     run = Run(FakeWorkers(prefill_faults=[DrainingError("bye")])).run()
-    assert (run.workers.lost, run.workers.calls) == ([], ["p0", "p1", "d1"])
+    assert (run.workers.lost, run.workers.calls) == ([], ["p0", "p1", "d0"])
 
 
 def test_waits_for_a_worker_to_come() -> None:
