@@ -19,11 +19,14 @@ from workers import BLOCK, Decode, Gate, Pair, Workers, claims_of, failures, hea
 from zipserve.common import errors
 from zipserve.common.kv.handle import sign
 from zipserve.common.kv.header import SlabKind
+from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.status import client_errors, from_rpc_error
+from zipserve.common.sampling import Sampling
 from zipserve.common.transfer import puller as puller_module
 from zipserve.common.transfer.source import KvSource
 from zipserve.common.transport import TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
+from zipserve.decode.worker import Continuation
 from zipserve.v1.decode_service_pb2 import DecodeResponse
 from zipserve.v1.kv_pb2 import KvClaims
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
@@ -79,15 +82,15 @@ async def queued(decode: Decode, count: int) -> None:
 
 
 @pytest.mark.parametrize("open_transport", [None, NixlTransport], ids=["memory", "nixl"])
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 40, 129])
 async def test_tokens_are_right(
-    tokens: int, open_transport: TransportFactory | None, cluster_workers: Workers, fabric: Fabric, tiny_model: Path
+    open_transport: TransportFactory | None, cluster_workers: Workers, fabric: Fabric, tiny_model: Path
 ) -> None:
     """With and without a tail, and over block borders while decoding."""
-    pair = await cluster_workers.pair(open_transport or fabric.open)
-    first, rest = await pair.hand_over(tokens, 35)
-    assert len(rest) == 35
-    assert Oracle(tiny_model).first_wrong(prompt(tokens), [first.token_id, *rest]) is None
+    pair, oracle = await cluster_workers.pair(open_transport or fabric.open), Oracle(tiny_model)
+    for tokens in (1, 15, 16, 17, 32, 40, 129):
+        first, rest = await pair.hand_over(tokens, 35)
+        assert len(rest) == 35
+        assert oracle.first_wrong(prompt(tokens), [first.token_id, *rest]) is None, f"after {tokens} tokens"
 
 
 async def test_what_was_pulled(pair: Pair) -> None:
@@ -100,7 +103,11 @@ async def test_what_was_pulled(pair: Pair) -> None:
     assert value(metrics, "zipserve_kv_transfer_bytes_total") == pulled.bytes
     assert value(metrics, "zipserve_generated_tokens_total") == 8
     assert value(metrics, "zipserve_rpcs_total", method=DECODE, reason="OK") == 1
-    await until(lambda: value(pair.prefill.service.metrics, "zipserve_kv_pulls_seen_total") == 1, "the pull is seen")
+    source = pair.prefill.service.metrics
+    await until(lambda: value(source, "zipserve_kv_pulls_seen_total") == 1, "the pull is seen")
+    for method in ("RenewLeases", "ReleaseLease"):
+        name = f"/zipserve.v1.KvTransferService/{method}"
+        assert value(source, "zipserve_rpcs_total", method=name, reason="OK") == 1, f"{method} costs a round trip"
     await pair.settled()
 
 
@@ -211,32 +218,32 @@ def _empty(claims: KvClaims) -> None:
     claims.tokens = 0
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        _set("layout_fingerprint", b"x" * 32),
-        _set("layout_fingerprint", b""),
-        _set("tokens", 41),
-        _set("tokens", 0),
-        _set("refs.0.tokens", 15),
-        _set("refs.0.bytes", 1),
-        _set("refs.0.bytes", 1 << 60),
-        _set("refs.1.start_position", 0),
-        _set("refs.0.kind", 0),
-        _set("refs.0.kind", 2),
-        _set("refs.2.kind", 3),
-        _set("refs.2.kind", 1),
-        _set("refs.2.tokens", 0),
-        _set("refs.2.tokens", 16),
-        _drop(0),
-        _drop(-1),
-        _empty,
-    ],
-)
-async def test_a_signed_handle_that_does_not_add_up(change: Callable[[KvClaims], None], pair: Pair) -> None:
+LIES = [
+    _set("layout_fingerprint", b"x" * 32),
+    _set("layout_fingerprint", b""),
+    _set("tokens", 41),
+    _set("tokens", 0),
+    _set("refs.0.tokens", 15),
+    _set("refs.0.bytes", 1),
+    _set("refs.0.bytes", 1 << 60),
+    _set("refs.1.start_position", 0),
+    _set("refs.0.kind", 0),
+    _set("refs.0.kind", 2),
+    _set("refs.2.kind", 3),
+    _set("refs.2.kind", 1),
+    _set("refs.2.tokens", 0),
+    _set("refs.2.tokens", 16),
+    _drop(0),
+    _drop(-1),
+    _empty,
+]
+
+
+async def test_a_signed_handle_that_does_not_add_up(pair: Pair) -> None:
     prefilled = await pair.prefill.compute(40)
-    await pair.decode.refused(resigned(prefilled, change), errors.LayoutMismatchError)
-    assert failures(pair.decode.service.metrics) == {"LAYOUT_MISMATCH": 1}
+    for count, lie in enumerate(LIES, start=1):
+        await pair.decode.refused(resigned(prefilled, lie), errors.LayoutMismatchError)
+        assert failures(pair.decode.service.metrics) == {"LAYOUT_MISMATCH": count}
     assert len(await pair.decode.tokens(prefilled)) == 8
 
 
@@ -250,7 +257,7 @@ async def test_a_signed_handle_beyond_the_arena(slab: int, pair: Pair, fabric: F
 
 async def test_a_worker_that_nobody_knows(pair: Pair) -> None:
     prefilled = await pair.prefill.compute(40)
-    raised = await pair.decode.refused(resigned(prefilled, _set("worker_id", "nobody")), errors.WorkerLostError)
+    raised = await pair.decode.refused(resigned(prefilled, _set("worker_id", "nobody")), errors.TransferError)
     assert "worker nobody is not in the registry" in str(raised)
     pair.prefill.service.source.release_handle(prefilled.handle)
 
@@ -485,6 +492,37 @@ async def test_goes_away_inside_a_step(
     await pair.settled()
 
 
+async def test_an_impatient_caller_does_not_stop_the_release(
+    cluster_workers: Workers, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cancelled once while pulling, and again while its lease is being given back."""
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> None:
+        asked.set()
+        await go_on.wait()
+
+    before(monkeypatch, "ReleaseLease", slow)
+    pair = await cluster_workers.pair(fabric.open)
+    fabric.faults.before = _waiter(asyncio.Event())
+    prefilled = await pair.prefill.compute(40)
+
+    async def stream() -> None:
+        continuation = Continuation("r", prefilled.token_id, Sampling(), 8, frozenset())
+        async with pair.decode.service.worker.stream(prefilled.handle, continuation, Deadline(20.0)):
+            pytest.fail("the read has not ended")
+
+    task = asyncio.create_task(stream())
+    await until(lambda: fabric.reads == 1, "the read has begun")
+    task.cancel()
+    await until(asked.is_set, "the release is on its way")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go_on.set()
+    await pair.settled()
+
+
 async def test_a_stream_that_nobody_reads_any_more_keeps_no_slab(pair: Pair) -> None:
     prefilled = await pair.prefill.compute(40)
     call = pair.decode.stub.Decode(pair.decode.request(prefilled, 30), timeout=20)
@@ -512,11 +550,14 @@ async def refused_once(pair: Pair, prefilled: PrefillResponse, error: type[error
     await pair.settled()
 
 
-@pytest.mark.parametrize("descriptor", [0, 1, 2])
-@pytest.mark.parametrize("byte", [0, 31, 127, 128, -1])
-async def test_a_bit_that_flips_on_the_way(descriptor: int, byte: int, pair: Pair, fabric: Fabric) -> None:
-    fabric.faults.flip = (descriptor, byte, 3)
-    await refused_once(pair, await pair.prefill.compute(40), errors.BlockCorruptError)
+async def test_a_bit_that_flips_on_the_way(pair: Pair, fabric: Fabric) -> None:
+    places = list(itertools.product((0, 1, 2), (0, 31, 127, 128, -1)))
+    for count, (descriptor, byte) in enumerate(places, start=1):
+        fabric.faults.flip = (descriptor, byte, count % 8)
+        await pair.decode.refused(await pair.prefill.compute(40), errors.BlockCorruptError)
+        assert failures(pair.decode.service.metrics) == {"BLOCK_CORRUPT": count}
+    assert value(pair.decode.service.metrics, "zipserve_generated_tokens_total") == 0
+    await pair.settled()
     fabric.faults.flip = None
     assert len((await pair.hand_over(40))[1]) == 8
 
@@ -624,7 +665,7 @@ async def test_a_peer_that_falls_silent_during_the_read(
     pair = await cluster_workers.pair(fabric.open, prefill={"lease_ttl_s": 0.6})
     fabric.faults.before = fall_silent
     started_s = time.monotonic()
-    raised = await pair.decode.refused(await pair.prefill.compute(40), errors.WorkerLostError)
+    raised = await pair.decode.refused(await pair.prefill.compute(40), errors.TransferError)
     assert time.monotonic() - started_s < 3.0
     assert "does not answer" in str(raised)
     await pair.settled()
@@ -640,7 +681,7 @@ async def test_a_peer_that_does_not_answer_is_lost_and_no_deadline_has_passed(
     monkeypatch.setattr(puller_module, "_RPC_TIMEOUT_S", 0.2)
     before(monkeypatch, method, _waiter(asyncio.Event()))
     pair = await cluster_workers.pair(fabric.open)
-    raised = await pair.decode.refused(await pair.prefill.compute(40), errors.WorkerLostError)
+    raised = await pair.decode.refused(await pair.prefill.compute(40), errors.TransferError)
     assert message in str(raised)
     await pair.settled()
 
@@ -683,7 +724,7 @@ async def test_drain_ends_after_its_time_and_frees_what_it_holds(cluster_workers
         pulling = start(decode, await prefill.compute(40))
         await until(lambda: fabric.reads == 2, "the second one pulls")
     for task in (streaming, pulling):
-        with pytest.raises((errors.WorkerLostError, errors.UnavailableError)):
+        with pytest.raises((errors.TransferError, errors.UnavailableError)):
             await task
     await prefill.settled()
 

@@ -259,7 +259,8 @@ class Workers:
         self, open_transport: TransportFactory = NixlTransport, *, check: bool = True, **settings: Any
     ) -> AsyncIterator[Prefill]:
         """A prefill worker that ends when this context does."""
-        own = PrefillSettings(**self._settings("prefill-0", settings))
+        # what is not given back must be missed before its lease ends
+        own = PrefillSettings(**self._settings("prefill-0", {"lease_ttl_s": 60.0, **settings}))
         service = PrefillService(own, open_transport)
         async with running(service, own) as address:
             channel = self.channels.get(address)

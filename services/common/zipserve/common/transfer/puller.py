@@ -18,6 +18,7 @@ from zipserve.common.errors import (
     IncarnationError,
     LayoutMismatchError,
     LeaseExpiredError,
+    TransferError,
     WorkerLostError,
     ZipserveError,
 )
@@ -104,10 +105,17 @@ class KvPuller:
 
     @asynccontextmanager
     async def lease(self, claims: kv_pb2.KvClaims, request_id: str) -> AsyncIterator["HeldLease"]:
-        """Keeps the lease of a handle alive while the context is open, and releases it at the end."""
+        """Keeps the lease of a handle alive while the context is open, and releases it at the end.
+
+        Raises:
+            TransferError: the peer that holds the slabs is lost.
+        """
         lease = HeldLease(self, claims, request_id)
         try:
             yield lease
+        except WorkerLostError as error:  # of the peer: to our caller, we are not the worker that is lost
+            self._metrics.handoff_failures.labels(TransferError.reason).inc()
+            raise TransferError(error.message) from error
         except HandoffError as error:
             self._metrics.handoff_failures.labels(error.reason).inc()
             raise
