@@ -10,7 +10,8 @@ import pytest
 
 from hooked_nixl import Hooks
 from oracle import Oracle
-from workers import Pair, claims_of, failures, prompt, until, workers
+from polling import until
+from workers import Pair, claims_of, failures, prompt, workers
 from zipserve.common import errors
 from zipserve.common.kv.handle import sign
 from zipserve.common.kv.header import SlabKind

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from inprocess import SECRET
-from workers import BLOCK, Decode, claims_of, prompt, until, workers
+from polling import until
+from workers import BLOCK, Decode, claims_of, prompt, workers
 from zipserve.common import errors
 from zipserve.common.registry import WorkerRecord
 from zipserve.common.rpc.status import client_errors

@@ -7,7 +7,8 @@ import grpc
 import pytest
 
 from inprocess import SECRET, running
-from workers import MESSAGE_BYTES_MAX, health, until
+from polling import until
+from workers import MESSAGE_BYTES_MAX, health
 from zipserve.common import errors
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool

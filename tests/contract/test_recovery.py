@@ -11,8 +11,9 @@ import pytest
 from hooked_nixl import Hooks
 from inprocess import SECRET, running
 from oracle import Oracle
+from polling import until
 from streams import Stub, collect, request
-from workers import Prefill, failures, prompt, until, workers
+from workers import Prefill, failures, prompt, workers
 from zipserve.common.kv.header import SlabKind
 from zipserve.common.transfer.source import Held
 from zipserve.router.config import RouterSettings

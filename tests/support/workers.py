@@ -1,9 +1,7 @@
 """A prefill and a decode worker in the test's event loop, behind real gRPC, so that a test can reach into them."""
 
-import asyncio
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inprocess import SECRET, running
+from polling import until
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
@@ -43,15 +42,6 @@ BLOCK = 16
 GREEDY = SamplingParams(temperature=0, seed=1)
 MESSAGE_BYTES_MAX = 64 << 20
 """Of the tests' own channels: a worker's limit is what is tested, not ours."""
-
-
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
-    """Waits for a condition, and fails loudly when it does not come true."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise AssertionError(f"not within {timeout_s:g} s: {what}")
-        await asyncio.sleep(0.002)
 
 
 def prompt(tokens: int, salt: int = 0) -> list[int]:

@@ -12,6 +12,7 @@ from grpc_status import rpc_status
 from hypothesis import given
 from hypothesis import strategies as st
 
+from polling import until
 from zipserve.common import errors
 from zipserve.common.errors import (
     BY_REASON,
@@ -149,7 +150,7 @@ async def test_round_trip(
     assert type(again) is cls
     assert (again.message, again.metadata, str(again)) == (error.message, error.metadata, str(error))
     assert vars(again) == vars(error), "an attribute was lost on the way"
-    assert counted(metrics, kind, cls.reason) == 1
+    await until(lambda: counted(metrics, kind, cls.reason) == 1, "it is counted")
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
@@ -167,7 +168,7 @@ async def test_a_defect_becomes_internal_and_tells_nothing(
     with pytest.raises(InternalError) as raised, client_errors():
         await call(channel, kind)
     assert "private" not in raised.value.message
-    assert counted(metrics, kind, "INTERNAL") == 1
+    await until(lambda: counted(metrics, kind, "INTERNAL") == 1, "it is counted")
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
@@ -177,7 +178,7 @@ async def test_a_timeout_becomes_a_deadline(
     servicer.error = TimeoutError()
     with pytest.raises(DeadlineError), client_errors():
         await call(channel, kind)
-    assert counted(metrics, kind, "DEADLINE_EXCEEDED") == 1
+    await until(lambda: counted(metrics, kind, "DEADLINE_EXCEEDED") == 1, "it is counted")
 
 
 @pytest.mark.parametrize("kind", ["unary", "stream"])
@@ -210,7 +211,7 @@ async def test_bytes_that_are_no_message(kind: str, metrics: Metrics, channel: g
 
     with pytest.raises(InvalidRequestError, match="not a valid message"):
         await read()
-    assert counted(metrics, kind, "INVALID_REQUEST") == 1
+    await until(lambda: counted(metrics, kind, "INVALID_REQUEST") == 1, "it is counted")
 
 
 async def test_an_unknown_method(channel: grpc.aio.Channel) -> None:
@@ -226,7 +227,7 @@ async def test_success_is_counted(metrics: Metrics) -> None:
 
     async with served(Working(), metrics) as channel:
         await call(channel, "unary")
-    assert counted(metrics, "unary", "OK") == 1
+    await until(lambda: counted(metrics, "unary", "OK") == 1, "it is counted")
 
 
 @pytest.mark.parametrize(

@@ -301,13 +301,15 @@ class HeldLease:
 
     async def close(self) -> None:
         """Stops renewing; releases the lease unless that has happened."""
+        # also when the caller is being cancelled, at whatever point: the peer's slabs are freed at once, not at expiry
+        await asyncio.shield(asyncio.create_task(self._close()))
+
+    async def _close(self) -> None:
         is_lost = self._lost.done()
         self._lost.cancel()
         await asyncio.gather(self._lost, return_exceptions=True)
         if not self._released:
-            # also when the caller is being cancelled: the peer's slabs are freed at once, not at expiry
-            timeout_s = _LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S
-            await asyncio.shield(asyncio.create_task(self._release(timeout_s)))
+            await self._release(_LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S)
 
     async def _while_alive(self, pulling: Coroutine[Any, Any, PullStats]) -> PullStats:
         """Waits for a pull, but not for longer than the lease lives: a peer that is lost may never deliver."""
