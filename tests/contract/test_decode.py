@@ -5,7 +5,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from memory_transport import Fabric
 from oracle import Oracle
 from polling import until
-from workers import BLOCK, Decode, Gate, Pair, Workers, claims_of, failures, health, prompt, value, workers
+from workers import BLOCK, Decode, Gate, GoAway, Pair, Workers, claims_of, failures, health, prompt, value, ways
 from zipserve.common import errors
 from zipserve.common.kv.handle import sign
 from zipserve.common.kv.header import SlabKind
@@ -40,12 +40,6 @@ from zipserve.v1.worker_service_pb2_grpc import WorkerServiceStub
 SECRET = b"a secret for tests only"
 SERVICES = ("", "zipserve.v1.DecodeService", "zipserve.v1.WorkerService")
 DECODE = "/zipserve.v1.DecodeService/Decode"
-
-
-@pytest.fixture
-async def cluster_workers(tiny_model: Path, redis_url: str, cluster: str) -> AsyncIterator[Workers]:
-    async with workers(tiny_model, redis_url, cluster) as started:
-        yield started
 
 
 @pytest.fixture
@@ -349,22 +343,7 @@ async def test_a_failing_step_fails_its_own_sequences_only(pair: Pair, monkeypat
 
 # A caller that goes away, or whose time runs out: by cancelling, by its own deadline, and by the worker's default one.
 
-GoAway = Callable[["asyncio.Task[Events]"], Any]
-
-
-def cancels(task: "asyncio.Task[Events]") -> None:
-    task.cancel()
-
-
-def waits(task: "asyncio.Task[Events]") -> None:
-    """Its deadline will pass."""
-
-
-WAYS = [
-    pytest.param(cancels, {"timeout_s": 20.0}, asyncio.CancelledError, {}, id="cancel"),
-    pytest.param(waits, {"timeout_s": 1.0}, errors.DeadlineError, {}, id="deadline"),
-    pytest.param(waits, {"timeout_s": None}, errors.DeadlineError, {"deadline_default_s": 1.0}, id="default-deadline"),
-]
+WAYS = ways(1.0)
 Options = dict[str, Any]
 
 

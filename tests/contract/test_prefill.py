@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from prometheus_client import Counter
 from memory_transport import Fabric
 from oracle import Oracle
 from polling import until
-from workers import BLOCK, Gate, Prefill, Workers, claims_of, health, prompt, value, workers
+from workers import BLOCK, Gate, GoAway, Prefill, Workers, claims_of, health, prompt, value, ways, workers
 from zipserve.common import errors
 from zipserve.common.kv.header import SlabIdentity, SlabKind, verify
 from zipserve.common.kv.layout import HEADER_BYTES
@@ -31,12 +30,6 @@ from zipserve.v1.worker_service_pb2_grpc import WorkerServiceStub
 
 SERVICES = ("", "zipserve.v1.PrefillService", "zipserve.v1.KvTransferService", "zipserve.v1.WorkerService")
 PREFILL = "/zipserve.v1.PrefillService/Prefill"
-
-
-@pytest.fixture
-async def cluster_workers(tiny_model: Path, redis_url: str, cluster: str) -> AsyncIterator[Workers]:
-    async with workers(tiny_model, redis_url, cluster) as started:
-        yield started
 
 
 @pytest.fixture
@@ -263,22 +256,7 @@ async def test_freed_slabs_say_so(prefill: Prefill) -> None:
 
 # A caller that goes away, or whose time runs out: by cancelling, by its own deadline, and by the worker's default one.
 
-GoAway = Callable[["asyncio.Task[PrefillResponse]"], Any]
-
-
-def cancels(task: "asyncio.Task[PrefillResponse]") -> None:
-    task.cancel()
-
-
-def waits(task: "asyncio.Task[PrefillResponse]") -> None:
-    """Its deadline will pass."""
-
-
-WAYS = [
-    pytest.param(cancels, {"timeout_s": 20.0}, asyncio.CancelledError, {}, id="cancel"),
-    pytest.param(waits, {"timeout_s": 0.8}, errors.DeadlineError, {}, id="deadline"),
-    pytest.param(waits, {"timeout_s": None}, errors.DeadlineError, {"deadline_default_s": 0.8}, id="default-deadline"),
-]
+WAYS = ways(0.8)
 
 
 @pytest.mark.parametrize(("go", "options", "error", "settings"), WAYS)

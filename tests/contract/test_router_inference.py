@@ -4,7 +4,6 @@ import asyncio
 import math
 import re
 import uuid
-from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -12,10 +11,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-import router_model
+from polling import until
 from router_cluster import PROMPT, Cluster, answer, build, refusal
-from router_peers import text_at, token_at, until
-from zipserve.common.models import ModelFiles, resolve
+from router_peers import text_at, token_at
+from zipserve.common.models import ModelFiles
 from zipserve.v1.inference_service_pb2 import (
     ChatMessage,
     ChatPrompt,
@@ -28,17 +27,6 @@ from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopCondition
 
 GENERATE = "/zipserve.v1.InferenceService/Generate"
 STOP, LENGTH = FinishReason.FINISH_REASON_STOP, FinishReason.FINISH_REASON_LENGTH
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
-    return resolve(str(router_model.write(tmp_path_factory.mktemp("models") / "tiny")))
-
-
-@pytest.fixture
-async def stack() -> AsyncIterator[AsyncExitStack]:
-    async with AsyncExitStack() as stack:
-        yield stack
 
 
 @pytest.fixture
@@ -289,7 +277,7 @@ async def test_a_cancelled_request_cancels_the_prefill(alone: Cluster) -> None:
     await alone.add("d0")
     call = alone.generate()
     await call.read()
-    await until(lambda: len(prefill.requests) == 1)
+    await until(lambda: len(prefill.requests) == 1, "prefill was asked")
     call.cancel()
     async with asyncio.timeout(5):
         await prefill.cancelled.wait()

@@ -8,7 +8,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,7 +16,7 @@ import pytest
 
 from memory_transport import Fabric
 from polling import until
-from workers import Prefill, Workers, claims_of, value, workers
+from workers import Prefill, Workers, claims_of, value
 from zipserve.common import errors
 from zipserve.common.kv.header import SlabKind
 from zipserve.common.rpc.duration import to_seconds
@@ -34,12 +33,6 @@ from zipserve.v1.kv_transfer_service_pb2 import (
 
 SLAB_BYTES = 8192
 DRAM = ("DRAM", "DRAM")
-
-
-@pytest.fixture
-async def cluster_workers(tiny_model: Path, redis_url: str, cluster: str) -> AsyncIterator[Workers]:
-    async with workers(tiny_model, redis_url, cluster) as started:
-        yield started
 
 
 @pytest.fixture

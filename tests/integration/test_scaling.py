@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 
 from oracle import Oracle
-from processes import Processes, until
+from polling import until
+from processes import Processes
 from streams import collect, request
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -48,7 +49,7 @@ async def test_load_spreads_and_late_and_leaving_workers_are_handled(
 
         # one of each kind is stopped under load: nothing fails, nothing is lost
         load = [asyncio.create_task(ask(600)) for _ in range(12)]
-        await until(lambda: busy(stack, "decode-1"), "decode-1 has work")
+        await until(lambda: busy(stack, "decode-1"), "decode-1 has work", timeout_s=30)
         stack.signal("decode-1", signal.SIGTERM)
         stack.signal("prefill-1", signal.SIGTERM)
         more = [asyncio.create_task(ask(100)) for _ in range(12)]

@@ -10,7 +10,8 @@ import pytest
 import pytest_asyncio
 
 from oracle import Oracle
-from processes import Processes, until
+from polling import until
+from processes import Processes
 from streams import Stub, collect, request
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub

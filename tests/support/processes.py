@@ -1,13 +1,11 @@
 """Real services as real processes, one by one, so that a test can start, drain and kill each of them."""
 
-import asyncio
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Callable
 from pathlib import Path
 
+from polling import until
 from zipserve.cli import plan
 from zipserve.common.registry import RegistryView, WorkerRecord
 from zipserve.common.settings import ServiceSettings
@@ -15,15 +13,6 @@ from zipserve.v1.worker_service_pb2 import WorkerRole
 
 READY_TIMEOUT_S = 90.0
 SECRET = "a secret of the integration tests"
-
-
-async def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-    """Waits for a condition, and fails loudly when it does not come true."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            raise AssertionError(f"not within {timeout_s:g} s: {what}")
-        await asyncio.sleep(0.02)
 
 
 class Processes:

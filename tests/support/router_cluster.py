@@ -11,7 +11,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from inprocess import SECRET, running
-from router_peers import Peer, serving, until
+from polling import until
+from router_peers import Peer, serving
 from zipserve.common.models import ModelFiles
 from zipserve.router.config import RouterSettings
 from zipserve.router.frontend import Frontend
@@ -45,7 +46,7 @@ class Cluster:
 
     async def knows(self, name: str) -> None:
         """Returns when the router knows a worker."""
-        await until(lambda: name in {w.worker_id for w in [*self.workers.prefills(), *self.workers.decodes()]})
+        await until(lambda: name in {w.worker_id for w in [*self.workers.prefills(), *self.workers.decodes()]}, name)
 
     def generate(self, *, timeout: float | None = 20.0, metadata: Any = None, **request: Any) -> Any:
         """Starts a call, of PROMPT unless the request has another prompt."""
@@ -67,7 +68,7 @@ class Cluster:
 
     async def at_rest(self) -> None:
         """Returns when the router has no request, no count and no release left over."""
-        await until(lambda: self.frontend.requests == 0)
+        await until(lambda: self.frontend.requests == 0, "no request is left")
         in_flight = self.frontend._in_flight
         assert (in_flight.prefill_tokens, in_flight.decode_requests) == (Counter(), Counter())
         assert self.frontend._admission.tokens == 0

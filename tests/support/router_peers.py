@@ -202,10 +202,3 @@ async def serving(peer: Peer, settings: ServiceSettings) -> AsyncIterator[Peer]:
     own = settings.model_copy(update={"worker_id": peer.name, "listen": "127.0.0.1:0", "drain_s": 1.0})
     async with running(peer, own):
         yield peer
-
-
-async def until(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Returns when the condition holds."""
-    async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110  # any condition, not only one that sets an event
-            await asyncio.sleep(0.005)

@@ -1,7 +1,8 @@
 """A prefill and a decode worker in the test's event loop, behind real gRPC, so that a test can reach into them."""
 
+import asyncio
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from inprocess import SECRET, running
 from polling import until
+from zipserve.common import errors
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
@@ -67,6 +69,29 @@ def failures(metrics: Metrics) -> dict[str, float]:
 def value(metrics: Metrics, name: str, **labels: str) -> float:
     """Value of a metric."""
     return metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+GoAway = Callable[["asyncio.Task[Any]"], None]
+"""How a caller leaves."""
+
+
+def cancels(task: "asyncio.Task[Any]") -> None:
+    """By cancelling."""
+    task.cancel()
+
+
+def waits(task: "asyncio.Task[Any]") -> None:
+    """By its deadline, which will pass."""
+
+
+def ways(deadline_s: float) -> list[Any]:
+    """Parameters of a caller that goes away: how, its options, the error it sees, and the worker's settings."""
+    default = {"deadline_default_s": deadline_s}
+    return [
+        pytest.param(cancels, {"timeout_s": 20.0}, asyncio.CancelledError, {}, id="cancel"),
+        pytest.param(waits, {"timeout_s": deadline_s}, errors.DeadlineError, {}, id="deadline"),
+        pytest.param(waits, {"timeout_s": None}, errors.DeadlineError, default, id="default-deadline"),
+    ]
 
 
 class Gate:

@@ -96,7 +96,7 @@ class DecodeWorker:
 
         Raises:
             DrainingError, OverloadedError, InvalidRequestError: it was not accepted.
-            HandoffError, WorkerLostError: its KV could not be read; everything is freed again.
+            HandoffError: its KV could not be read; everything is freed again.
             DeadlineError: waiting or reading took too long.
         """
         if self.draining:

@@ -196,8 +196,8 @@ class KvPuller:
 
     def _range(self, peer: _Peer, ref: kv_pb2.BlockRef, local_slab: int) -> Range:
         kind = SlabKind(ref.kind)
-        remote, local = peer.arenas.get(kind), self._arenas[kind]
-        if remote is None or ref.slab >= remote.slabs or ref.bytes > remote.slab_bytes:
+        remote, local = peer.arenas[kind], self._arenas[kind]
+        if ref.slab >= remote.slabs or ref.bytes > remote.slab_bytes:
             raise LayoutMismatchError(f"slab {ref.slab} of {ref.bytes} bytes lies outside the peer's arena")
         return Range(remote.address(ref.slab), remote.device_id, local.address(local_slab), local.device_id, ref.bytes)
 
