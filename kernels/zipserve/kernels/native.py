@@ -14,7 +14,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-shared", "-fPIC")
+FLAGS = (
+    *("-O3", "-march=native", "-fno-math-errno", "-std=gnu11", "-fopenmp", "-shared", "-fPIC"),
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
 
 
 def cache_dir() -> Path:
@@ -32,10 +35,11 @@ def load() -> ctypes.CDLL | None:
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         return None
-    sources = sorted(Path(__file__).parent.glob("*/*.c"))
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*/*.c"))
     key = hashlib.sha256(" ".join((*FLAGS, compiler, _cpu())).encode())
-    for source in sources:
-        key.update(source.read_bytes())
+    for part in [*sources, *sorted(folder.glob("*.h"))]:
+        key.update(part.read_bytes())
     library = cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
     if not library.exists():
         _build(compiler, sources, library)
@@ -47,7 +51,8 @@ def _build(compiler: str, sources: list[Path], library: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as target:
         built = Path(target.name)
     try:
-        subprocess.run([compiler, *FLAGS, "-o", built, *sources], check=True, capture_output=True)
+        include = f"-I{Path(__file__).parent}"
+        subprocess.run([compiler, *FLAGS, include, "-o", built, *sources, "-lm"], check=True, capture_output=True)
         built.rename(library)  # atomic: another process that builds the same sees all or nothing
     finally:
         built.unlink(missing_ok=True)

@@ -1,0 +1,96 @@
+"""Decode attention: one query a row over its sealed blocks, as they are, and the open block that it grows in.
+
+Nothing is dequantized: the key channels' widths are folded into the query once per block, the values' scales into the
+softmax weights, and codes are multiplied as they are. Grouped-query, windows, softcap and sink logits included.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from zipserve.kernels.attention.reference import decode_attention_reference
+from zipserve.kernels.zipformat import ZipFormat
+
+__all__ = ["OpenBlocks", "RawFormat", "SealedBlocks", "decode_attention", "decode_attention_reference"]
+
+
+@dataclass(frozen=True)
+class RawFormat:
+    """Blocks as they were computed. One layer: per KV head K [block_tokens, key_dim], then V, in `dtype`."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    block_tokens: int
+    dtype: torch.dtype
+
+    @property
+    def layer_bytes(self) -> int:
+        """Size of one layer of a block."""
+        return self.kv_heads * self.block_tokens * (self.key_dim + self.value_dim) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class SealedBlocks:
+    """One layer of all sealed blocks, and which of them each row reads."""
+
+    form: ZipFormat | RawFormat
+    data: torch.Tensor
+    """uint8 [slabs, form.layer_bytes]: this layer in all slabs; a view with any stride between slabs."""
+    table: torch.Tensor
+    """int32 [rows, columns]: slabs of each row's blocks, ascending positions; the first `counts` of a row count."""
+    counts: torch.Tensor
+    """int32 [rows]: sealed blocks of each row."""
+    starts: torch.Tensor
+    """int32 [rows]: position of the first token of column 0, a multiple of block_tokens."""
+    sinks: torch.Tensor
+    """uint8 [slabs, form.sinks_layer_bytes], likewise; ignored by RawFormat."""
+    sink_slabs: torch.Tensor
+    """int32 [rows]: slab of the sinks of a row whose `starts` is 0 and whose count is not; ignored for others."""
+
+
+@dataclass(frozen=True)
+class OpenBlocks:
+    """One layer of all open blocks, and which of them each row reads."""
+
+    keys: torch.Tensor
+    """[slots, kv_heads, block_tokens, key_dim], any float dtype, contiguous in the last two dimensions."""
+    values: torch.Tensor
+    """[slots, kv_heads, block_tokens, value_dim], likewise."""
+    slots: torch.Tensor
+    """int32 [rows]."""
+    counts: torch.Tensor
+    """int32 [rows]: tokens of the open block, the row's own, at the last place, included; from 1 on."""
+
+
+def decode_attention(
+    query: torch.Tensor,
+    sealed: SealedBlocks,
+    open_blocks: OpenBlocks,
+    first: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+    with_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of one query per row.
+
+    A row's keys are those of its sealed blocks and, at the positions after them, those of its open block.
+
+    Args:
+        query: float [rows, heads, key_dim]; heads is a multiple of kv_heads.
+        first: int32 [rows]: lowest position that the row sees; it lies in the block of column 0 or in the open block.
+        scale: of the products.
+        softcap: scores s become softcap * tanh(s / softcap).
+        sink_logits: [heads]: one more logit per head that takes part in the softmax and has no value.
+        with_weights: also return the softmax weights of the open block.
+
+    Returns:
+        float32 [rows, heads, value_dim]; and float32 [rows, block_tokens]: the weight of each token of the open block,
+        mean over heads, 0 behind its last token. None without `with_weights`.
+    """
+    return decode_attention_reference(
+        query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        with_weights=with_weights,
+    )  # fmt: skip
