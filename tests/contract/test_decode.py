@@ -20,7 +20,7 @@ from polling import until
 from workers import BLOCK, Decode, Gate, GoAway, Pair, Workers, claims_of, failures, health, prompt, value, ways
 from zipserve.common import errors
 from zipserve.common.kv.handle import sign
-from zipserve.common.kv.header import SlabKind
+from zipserve.common.kv.layout import SlabKind
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.status import client_errors, from_rpc_error
 from zipserve.common.sampling import Sampling

@@ -14,7 +14,7 @@ from polling import until
 from workers import Pair, claims_of, failures, prompt, workers
 from zipserve.common import errors
 from zipserve.common.kv.handle import sign
-from zipserve.common.kv.header import SlabKind
+from zipserve.common.kv.layout import SlabKind
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
 

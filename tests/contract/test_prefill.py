@@ -16,8 +16,8 @@ from oracle import Oracle
 from polling import until
 from workers import BLOCK, Gate, GoAway, Prefill, Workers, claims_of, health, prompt, value, ways, workers
 from zipserve.common import errors
-from zipserve.common.kv.header import SlabIdentity, SlabKind, verify
-from zipserve.common.kv.layout import HEADER_BYTES
+from zipserve.common.kv.header import SlabIdentity, verify
+from zipserve.common.kv.layout import HEADER_BYTES, SlabKind
 from zipserve.common.kv.prefix import prefix_hashes
 from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.rpc.status import client_errors, from_rpc_error

@@ -14,8 +14,8 @@ from oracle import Oracle
 from polling import until
 from streams import Stub, collect, request
 from workers import Prefill, failures, prompt, workers
-from zipserve.common.kv.header import SlabKind
-from zipserve.common.transfer.source import Held
+from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.pools import Slabs
 from zipserve.router.config import RouterSettings
 from zipserve.router.service import RouterService
 
@@ -23,7 +23,7 @@ TOKENS = 40
 NEW_TOKENS = 30
 
 
-def held(prefill: Prefill) -> tuple[bytes, Held]:
+def held(prefill: Prefill) -> tuple[bytes, Slabs]:
     """The one lease that is out."""
     ((lease_id, lease),) = prefill.service.source._leases._leases.items()
     return lease_id, lease.resource

@@ -18,7 +18,7 @@ from memory_transport import Fabric
 from polling import until
 from workers import Prefill, Workers, claims_of, value
 from zipserve.common import errors
-from zipserve.common.kv.header import SlabKind
+from zipserve.common.kv.layout import SlabKind
 from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.rpc.status import client_errors
 from zipserve.common.transport import ArenaInfo, Range, Transport, TransportFactory

@@ -25,6 +25,7 @@ class Processes:
         log_dir: Path,
         *,
         cluster: str,
+        codec: str = "raw",
         threads: int = 1,
         overrides: tuple[tuple[str, str, str], ...] = (),
     ) -> None:
@@ -39,6 +40,7 @@ class Processes:
             redis_url=redis_url,
             secret=SECRET,
             drain_s=20.0,
+            codec=codec,
             threads=threads,
             overrides=overrides,
         )

@@ -253,6 +253,7 @@ class Workers:
             "redis_url": redis_url,
             "cluster": cluster,
             "secret": SECRET,
+            "codec": "raw",
             "block_tokens": BLOCK,
             "kv_blocks": 24,
             "kv_tails": 6,
@@ -342,4 +343,9 @@ async def _load(channels: ChannelPool, address: str) -> Load:
 
 def _is_idle(load: Load) -> bool:
     busy = (load.queued_requests, load.queued_tokens, load.running_requests, load.leases)
-    return not any(busy) and load.free_blocks == load.total_blocks and load.free_tails == load.total_tails
+    pools = (
+        (load.free_blocks, load.total_blocks),
+        (load.free_tails, load.total_tails),
+        (load.free_sinks, load.total_sinks),
+    )
+    return not any(busy) and all(free == total for free, total in pools)

@@ -39,6 +39,11 @@ def test_threads_are_shared_out_evenly(cores: int, workers: int) -> None:
     assert shares == sorted(shares, reverse=True)
 
 
+def test_the_codec_is_that_of_all_workers() -> None:
+    children = plan.children(_stack(codec="int4", prefill=1), cores=2)
+    assert {child.name for child in children if "--codec=int4" in child.command} == {"prefill-0", "decode-0"}
+
+
 def test_children_of_a_stack() -> None:
     children = plan.children(_stack(), cores=8)
     assert [child.name for child in children] == ["router", "prefill-0", "prefill-1", "decode-0", "kvstore-0"]

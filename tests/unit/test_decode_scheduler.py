@@ -6,31 +6,40 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from zipserve.common.errors import InvalidRequestError, OverloadedError
+from zipserve.common.kv.layout import Layout, SlabKind
+from zipserve.common.kv.pools import SlabPools
 from zipserve.decode.scheduler import DecodeScheduler, Reservation, Ticket
 
-BLOCK = 16
+BLOCK = 64
+KINDS = (SlabKind.BLOCK, SlabKind.TAIL, SlabKind.SINKS)
+
+
+def pools_of(codec: str, blocks: int, tails: int, sinks: int) -> SlabPools:
+    layout = Layout("m", "0", 1, 1, 16, 16, "float32", codec, BLOCK)
+    return SlabPools(layout, blocks=blocks, tails=tails, sinks=sinks)
 
 
 class DecodeMachine(RuleBasedStateMachine):
     """Sequences come, wait, hold slabs, drop their tail, and end, in any order; some are gone when their turn comes."""
 
-    @initialize(blocks=st.integers(1, 8), tails=st.integers(1, 3), slots=st.integers(1, 4))
-    def start(self, blocks: int, tails: int, slots: int) -> None:
-        self.scheduler = DecodeScheduler(
-            blocks=blocks,
-            tails=tails,
-            slots=slots,
-            block_tokens=BLOCK,
-            queue_requests_max=4,
-            queue_tokens_max=300,
-        )
+    @initialize(
+        codec=st.sampled_from(["raw", "zip-4/32"]),
+        blocks=st.integers(1, 8),
+        tails=st.integers(1, 3),
+        sinks=st.integers(1, 3),
+        slots=st.integers(1, 4),
+    )
+    def start(self, codec: str, blocks: int, tails: int, sinks: int, slots: int) -> None:
+        self.has_sinks = codec != "raw"
+        self.pools = pools_of(codec, blocks, tails, sinks)
+        self.scheduler = DecodeScheduler(self.pools, slots=slots, queue_requests_max=4, queue_tokens_max=1200)
         self.waiting: list[Ticket] = []
         self.held: dict[int, tuple[Ticket, Reservation]] = {}
         self.admitted: list[int] = []
         self.count = 0
         self.gone: set[int] = set()
 
-    @rule(pulled=st.integers(1, 80), new=st.integers(1, 80), gone=st.booleans())
+    @rule(pulled=st.integers(1, 320), new=st.integers(1, 320), gone=st.booleans())
     def submit(self, pulled: int, new: int, gone: bool) -> None:
         number, total = self.count, pulled + new
         needed = total // BLOCK
@@ -48,7 +57,7 @@ class DecodeMachine(RuleBasedStateMachine):
         if gone:
             self.gone.add(number)
         queued = sum(other.total_tokens for other in self.waiting)
-        if needed > self.scheduler.blocks.count:
+        if needed > self.pools.blocks.count:
             with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {needed} KV blocks"):
                 self.scheduler.submit(ticket)
             return
@@ -56,7 +65,7 @@ class DecodeMachine(RuleBasedStateMachine):
             with pytest.raises(OverloadedError, match="4 sequences wait, the limit is 4"):
                 self.scheduler.submit(ticket)
             return
-        if self.waiting and queued + total > 300:
+        if self.waiting and queued + total > 1200:
             with pytest.raises(OverloadedError, match=f"of {queued} tokens wait and one of {total} came, the limit is"):
                 self.scheduler.submit(ticket)
             return
@@ -78,7 +87,7 @@ class DecodeMachine(RuleBasedStateMachine):
             _, reservation = self.held[data.draw(st.sampled_from(sorted(self.held)))]
             self.scheduler.free_tail(reservation)
             self.scheduler.free_tail(reservation)
-            assert reservation.tails == []
+            assert reservation.slabs.tails == []
 
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
@@ -94,8 +103,10 @@ class DecodeMachine(RuleBasedStateMachine):
         assert self.scheduler.queued_requests == len(self.waiting)
         reservations = [reservation for _, reservation in self.held.values()]
         for allocator, held in (
-            (self.scheduler.blocks, [slab for r in reservations for slab in r.blocks]),
-            (self.scheduler.tails, [slab for r in reservations for slab in r.tails]),
+            *(
+                (allocator, [slab for r in reservations for slab in r.slabs.of(kind)])
+                for kind, allocator in zip(KINDS, (self.pools.blocks, self.pools.tails, self.pools.sinks), strict=True)
+            ),
             (self.scheduler.slots, [r.slot for r in reservations]),
         ):
             assert len(set(held)) == len(held), "given out twice"
@@ -105,8 +116,9 @@ class DecodeMachine(RuleBasedStateMachine):
     def nobody_waits_without_need(self) -> None:
         if self.waiting:
             head = self.waiting[0]
-            needs = (head.total_tokens // BLOCK, 1 if head.pulled_tokens % BLOCK else 0, 1)
-            free = (self.scheduler.blocks.free, self.scheduler.tails.free, self.scheduler.slots.free)
+            needs = [*self._needs(head), 1]
+            pools = (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots)
+            free = [pool.free for pool in pools]
             assert any(n > f for n, f in zip(needs, free, strict=True))
 
     def teardown(self) -> None:
@@ -116,12 +128,16 @@ class DecodeMachine(RuleBasedStateMachine):
             _, reservation = self.held.pop(min(self.held))
             self.scheduler.free(reservation)
         assert not self.waiting, "somebody waits for ever"
-        for allocator in (self.scheduler.blocks, self.scheduler.tails, self.scheduler.slots):
+        for allocator in (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots):
             assert allocator.free == allocator.count
 
     def _check(self, ticket: Ticket, reservation: Reservation) -> None:
-        assert len(reservation.blocks) == ticket.total_tokens // BLOCK
-        assert len(reservation.tails) == (1 if ticket.pulled_tokens % BLOCK else 0)
+        assert [len(reservation.slabs.of(kind)) for kind in KINDS] == self._needs(ticket)
+
+    def _needs(self, ticket: Ticket) -> list[int]:
+        """Slabs of each of KINDS."""
+        full = ticket.total_tokens // BLOCK
+        return [full, 1 if ticket.pulled_tokens % BLOCK else 0, 1 if full and self.has_sinks else 0]
 
 
 DecodeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
@@ -129,9 +145,7 @@ TestDecodeScheduler = DecodeMachine.TestCase
 
 
 def test_integrity_check_can_fail() -> None:
-    scheduler = DecodeScheduler(
-        blocks=1, tails=1, slots=1, block_tokens=BLOCK, queue_requests_max=1, queue_tokens_max=1
-    )
+    scheduler = DecodeScheduler(pools_of("raw", 1, 1, 1), slots=1, queue_requests_max=1, queue_tokens_max=1)
     scheduler.queued_tokens = 1
     with pytest.raises(AssertionError, match="queued_tokens"):
         scheduler.check_integrity()

@@ -115,7 +115,7 @@ def serve(module: Any, prompts: list[list[int]], block_tokens: int, chunks: list
             size = chunks[(step + i) % len(chunks)]
             segments.append(Segment(sequences[i], waiting[i][:size]))
             waiting[i] = waiting[i][size:]
-        for i, token in zip(running, engine.forward(segments).argmax(-1).tolist(), strict=True):
+        for i, token in zip(running, engine.forward(segments).logits.argmax(-1).tolist(), strict=True):
             if not waiting[i]:
                 answers[i].append(token)
                 waiting[i] = [token]

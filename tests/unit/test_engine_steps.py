@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zipserve.common.errors import InternalError, LayoutMismatchError
-from zipserve.common.kv.layout import HEADER_BYTES, SLAB_ALIGNMENT_BYTES
+from zipserve.common.errors import InternalError
+from zipserve.common.kv.layout import HEADER_BYTES, SLAB_ALIGNMENT_BYTES, SlabKind
 from zipserve.engine.cache import KvCache
-from zipserve.engine.codec import codec_for
 from zipserve.engine.engine import Engine
 from zipserve.engine.loader import LoadedModel, wrap
 from zipserve.engine.sequence import Segment, Sequence
 
 BLOCK = 8
+NO_SINKS = torch.tensor([-1, -1, -1])
 
 
 def tiny_llama() -> LoadedModel:
@@ -51,7 +51,13 @@ def ids(count: int, seed: int = 1) -> list[int]:
 
 
 def step(engine: Engine, sequence: Sequence, token_ids: SequenceOf[int]) -> torch.Tensor:
-    return engine.forward([Segment(sequence, token_ids)])[0]
+    return logits_of(engine, [Segment(sequence, token_ids)])[0]
+
+
+def logits_of(engine: Engine, segments: SequenceOf[Segment]) -> torch.Tensor:
+    computed = engine.forward(segments)
+    assert computed.failed == {}
+    return computed.logits
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -72,8 +78,8 @@ def test_chunks_equal_one_prompt(model: LoadedModel, sizes: tuple[int, ...]) -> 
     close(logits, expected)
     for layer in range(model.layers):
         for of_one, of_chunks in zip(
-            engine.cache.codec.read_blocks(layer, torch.tensor([0, 1, 2])),
-            engine.cache.codec.read_blocks(layer, torch.tensor([7, 3, 5])),
+            engine.cache.codec.read_blocks(layer, torch.tensor([0, 1, 2]), NO_SINKS),
+            engine.cache.codec.read_blocks(layer, torch.tensor([7, 3, 5]), NO_SINKS),
             strict=True,
         ):
             close(of_chunks, of_one)
@@ -84,8 +90,8 @@ def test_a_sequence_does_not_depend_on_others(model: LoadedModel) -> None:
     alone = step(engine, Sequence([0, 1], 0), ids(19))
     first, second, third = Sequence([2, 3], 1), Sequence([4], 2), Sequence([5, 6, 7], 3)
     engine.forward([Segment(second, ids(11, seed=2)), Segment(first, ids(19)[:18]), Segment(third, ids(20, seed=3))])
-    together = engine.forward(
-        [Segment(third, ids(3, seed=4)), Segment(first, ids(19)[18:]), Segment(second, ids(1, seed=5))]
+    together = logits_of(
+        engine, [Segment(third, ids(3, seed=4)), Segment(first, ids(19)[18:]), Segment(second, ids(1, seed=5))]
     )
     close(together[1], alone)
 
@@ -94,7 +100,7 @@ def test_bytes_are_those_of_the_layout(model: LoadedModel) -> None:
     """Block and tail hold exactly the keys and values that transformers computes, where the layout says."""
     prompt = ids(21)
     engine = engine_of(model)
-    engine.cache.block_arena[:, :HEADER_BYTES] = 0xAB
+    engine.cache.arenas.blocks[:, :HEADER_BYTES] = 0xAB
     sequence = Sequence([5, 2], 3)
     step(engine, sequence, prompt)
     engine.cache.pack_tail(3, 5, 1)
@@ -102,17 +108,19 @@ def test_bytes_are_those_of_the_layout(model: LoadedModel) -> None:
     with torch.inference_mode():
         past = model.module(torch.tensor([prompt]), use_cache=True).past_key_values
     layout = engine.cache.layout
-    slabs = [(engine.cache.block_slab(5), 0, 8), (engine.cache.block_slab(2), 8, 8), (engine.cache.tail_slab(1), 16, 5)]
-    for slab, start, tokens in slabs:
+    parts = [(SlabKind.BLOCK, 5, 0, 8), (SlabKind.BLOCK, 2, 8, 8), (SlabKind.TAIL, 1, 16, 5)]
+    for kind, slab, start, tokens in parts:
+        size = 4 * tokens * (layout.key_dim + layout.value_dim)
         for layer in range(layout.layers):
             for head in range(layout.kv_heads):
-                at = HEADER_BYTES + (layer * layout.kv_heads + head) * layout.head_bytes(tokens)
-                data = torch.from_numpy(np.frombuffer(slab[at : at + layout.head_bytes(tokens)], np.float32).copy())
+                at = HEADER_BYTES + (layer * layout.kv_heads + head) * size
+                segment = engine.cache.slab(kind, slab)[at : at + size]
+                data = torch.from_numpy(np.frombuffer(segment, np.float32).copy())
                 keys, values = data[: tokens * layout.key_dim], data[tokens * layout.key_dim :]
                 theirs = past.layers[layer]
                 close(keys.view(tokens, -1), theirs.keys[0, head, start : start + tokens])
                 close(values.view(tokens, -1), theirs.values[0, head, start : start + tokens])
-    assert (engine.cache.block_arena[:, :HEADER_BYTES] == 0xAB).all(), "headers belong to the worker"
+    assert (engine.cache.arenas.blocks[:, :HEADER_BYTES] == 0xAB).all(), "headers belong to the worker"
 
 
 @pytest.mark.parametrize("length", [5, 8, 21, 24])
@@ -124,26 +132,26 @@ def test_handoff_to_another_cache(model: LoadedModel, length: int) -> None:
     here, there = Sequence([1, 2, 3, 4], 1), Sequence([9, 0, 4, 3], 0, length)
     step(prefill, here, ids(length))
     for source, target in zip(here.blocks[: length // BLOCK], there.blocks, strict=False):
-        decode.cache.block_slab(target)[:] = prefill.cache.block_slab(source)
+        decode.cache.slab(SlabKind.BLOCK, target)[:] = prefill.cache.slab(SlabKind.BLOCK, source)
     prefill.cache.pack_tail(here.slot, length % BLOCK, 3)
-    decode.cache.tail_slab(2)[:] = prefill.cache.tail_slab(3)
+    decode.cache.slab(SlabKind.TAIL, 2)[:] = prefill.cache.slab(SlabKind.TAIL, 3)
     decode.cache.unpack_tail(2, length % BLOCK, there.slot)
     # Beside a row whose open block is longer, so that what is multiplied covers tokens that do not exist there yet.
     other = Sequence([5, 6], 1)
     step(decode, other, ids(7))
     for token in ids(10, seed=6):
-        found = decode.forward([Segment(other, [token]), Segment(there, [token])])[1]
+        found = logits_of(decode, [Segment(other, [token]), Segment(there, [token])])[1]
         close(found, step(prefill, here, [token]))
 
 
 def test_tail_has_no_gaps_and_a_limit(model: LoadedModel) -> None:
     cache = engine_of(model).cache
-    size = cache.layout.payload_bytes(3)
-    cache.tail_arena[0] = 0xAB
+    size = cache.layout.payload_bytes(SlabKind.TAIL, 3)
+    cache.arenas.tails[0] = 0xAB
     cache.pack_tail(0, 3, 0)
-    assert (cache.tail_arena[0, HEADER_BYTES : HEADER_BYTES + size] == 0).all()
-    assert (cache.tail_arena[0, HEADER_BYTES + size :] == 0xAB).all()
-    assert (cache.tail_arena[0, :HEADER_BYTES] == 0xAB).all()
+    assert (cache.arenas.tails[0, HEADER_BYTES : HEADER_BYTES + size] == 0).all()
+    assert (cache.arenas.tails[0, HEADER_BYTES + size :] == 0xAB).all()
+    assert (cache.arenas.tails[0, :HEADER_BYTES] == 0xAB).all()
     with pytest.raises(ValueError, match="0 to 7 tokens, not 8"):
         cache.pack_tail(0, 8, 0)
 
@@ -163,7 +171,7 @@ def test_what_a_broken_sequence_left_harms_nobody(model: LoadedModel, parts: tup
     engine = engine_of(model)
     expected = step(engine, Sequence([0, 1, 2], 0), ids(19))
     cache = engine.cache
-    for left in (cache.open_keys, cache.open_values, cache.block_arena.view(torch.float32)):
+    for left in (cache.open_keys, cache.open_values, cache.arenas.blocks.view(torch.float32)):
         left.fill_(torch.nan)
     # Beside a row whose open block is longer, what is multiplied covers tokens that do not exist here yet.
     other = Sequence([7, 8], 3)
@@ -171,7 +179,7 @@ def test_what_a_broken_sequence_left_harms_nobody(model: LoadedModel, parts: tup
     sequence, start, logits = Sequence([3, 4], 1), 0, torch.empty(0)
     for size in parts:
         token_ids = ids(19)[start : start + size]
-        logits = engine.forward([Segment(other, [1]), Segment(sequence, token_ids)])[1]
+        logits = logits_of(engine, [Segment(other, [1]), Segment(sequence, token_ids)])[1]
         start += size
     close(logits, expected)
 
@@ -198,15 +206,18 @@ def test_refuses_what_does_not_fit(model: LoadedModel) -> None:
     step(engine, Sequence([9], 1), ids(15))  # the last, partly filled block needs no slab
 
 
-def test_logits_that_are_not_finite(model: LoadedModel) -> None:
+def test_logits_that_are_not_finite_fail_their_segment_only(model: LoadedModel) -> None:
     engine = engine_of(model)
+    expected = step(engine, Sequence([], 2), [1, 2])
     with torch.no_grad():
         model.module.model.embed_tokens.weight[5] = torch.nan
     good, bad = Sequence([], 0), Sequence([], 1)
-    with pytest.raises(InternalError, match=r"segments \[1\] are not finite"):
-        engine.forward([Segment(good, [1, 2]), Segment(bad, [5])])
-    assert (good.length, bad.length) == (0, 0)
-    assert step(engine, good, [1, 2]).isfinite().all()
+    computed = engine.forward([Segment(bad, [5]), Segment(good, [1, 2])])
+    assert list(computed.failed) == [0]
+    assert isinstance(computed.failed[0], InternalError)
+    assert (good.length, bad.length) == (2, 0)
+    close(computed.logits[1], expected)
+    assert (computed.logits[0] == 0).all()
 
 
 def test_a_module_that_lost_the_hook_is_noticed(model: LoadedModel) -> None:
@@ -224,9 +235,9 @@ def test_a_module_is_not_called_outside_of_the_engine(model: LoadedModel) -> Non
 def test_logits_of_a_module_that_computes_all_rows(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(model)
     prompts = [Segment(Sequence([0, 1], 0), ids(9)), Segment(Sequence([], 1), [4])]
-    expected = engine.forward(prompts)
+    expected = logits_of(engine, prompts)
     monkeypatch.setattr(type(model.module), "_supports_logits_to_keep", lambda _: False)
-    found = engine.forward([Segment(Sequence([2, 3], 2), ids(9)), Segment(Sequence([], 3), [4])])
+    found = logits_of(engine, [Segment(Sequence([2, 3], 2), ids(9)), Segment(Sequence([], 3), [4])])
     close(found, expected)
 
 
@@ -236,22 +247,13 @@ def test_engine_wants_a_cache_of_its_model(model: LoadedModel) -> None:
         Engine(model, other)
 
 
-def test_codec_that_the_engine_does_not_know(model: LoadedModel) -> None:
-    layout = model.layout(block_tokens=BLOCK)
-    object.__setattr__(layout, "codec", "zip9")
-    with pytest.raises(LayoutMismatchError, match="no codec 'zip9'"):
-        codec_for(layout, torch.zeros(1, layout.block_slab_bytes, dtype=torch.uint8))
-
-
 def test_arenas_are_pages(model: LoadedModel) -> None:
     cache = engine_of(model).cache
-    for arena, slab_bytes in (
-        (cache.block_arena, cache.layout.block_slab_bytes),
-        (cache.tail_arena, cache.layout.tail_slab_bytes),
-    ):
+    for kind in cache.layout.kinds():
+        arena, slab_bytes = cache.arenas.of(kind), cache.layout.slab_bytes(kind)
         assert arena.is_contiguous()
         assert arena.shape[1] == slab_bytes
         assert arena.data_ptr() % SLAB_ALIGNMENT_BYTES == 0
-    cache.tail_slab(2)[:3] = b"abc"
-    assert cache.tail_arena[2, :3].tolist() == list(b"abc")
-    assert cache.block_slab(1).nbytes == cache.layout.block_slab_bytes
+    cache.slab(SlabKind.TAIL, 2)[:3] = b"abc"
+    assert cache.arenas.tails[2, :3].tolist() == list(b"abc")
+    assert cache.slab(SlabKind.BLOCK, 1).nbytes == cache.layout.slab_bytes(SlabKind.BLOCK)

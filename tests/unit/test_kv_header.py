@@ -17,8 +17,8 @@ from zipserve.common.errors import (
     LayoutMismatchError,
 )
 from zipserve.common.kv import header
-from zipserve.common.kv.header import SlabIdentity, SlabKind, poison, seal, verify
-from zipserve.common.kv.layout import HEADER_BYTES, LAYOUT_VERSION
+from zipserve.common.kv.header import SlabIdentity, poison, seal, verify
+from zipserve.common.kv.layout import HEADER_BYTES, LAYOUT_VERSION, SlabKind
 from zipserve.v1 import kv_pb2
 
 PAYLOAD_BYTES = 96
@@ -105,7 +105,7 @@ def test_another_payload_under_the_same_identity() -> None:
 def test_another_layout_version(monkeypatch: pytest.MonkeyPatch) -> None:
     slab, checksum = sealed()
     monkeypatch.setattr(header, "LAYOUT_VERSION", LAYOUT_VERSION + 1)
-    with pytest.raises(LayoutMismatchError, match=r"layout v1 .* expected v2"):
+    with pytest.raises(LayoutMismatchError, match=rf"layout v{LAYOUT_VERSION} .* expected v{LAYOUT_VERSION + 1}"):
         verify(slab, IDENTITY, checksum)
 
 

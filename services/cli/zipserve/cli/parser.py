@@ -3,6 +3,7 @@
 import argparse
 
 from zipserve.cli.plan import SERVICES, parse_override
+from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 DEFAULT_PROMPT = "What is the capital of France?"
@@ -34,6 +35,10 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
         help=f"where the router listens; port 0 takes a free one (default: {DEFAULT_ADDRESS}; with --once a free port)",
     )  # fmt: skip
     parser.add_argument("--threads", type=_count, metavar="T", help="CPU threads per worker (default: share all cores)")
+    parser.add_argument(
+        "--codec", choices=CODECS, metavar="C",
+        help=f"how KV blocks are coded: {', '.join(CODECS)} (default: {DEFAULT_CODEC})",
+    )  # fmt: skip
     parser.add_argument("--kv-blocks", type=_count, metavar="B", help="KV blocks per worker (default: the workers')")
     parser.add_argument(
         "--set", type=_override, action="append", default=[], dest="overrides", metavar="SERVICE.FIELD=VALUE",

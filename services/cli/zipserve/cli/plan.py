@@ -43,6 +43,8 @@ class Stack:
     """Per worker. None: all cores are shared out."""
     kv_blocks: int | None = None
     """Per worker. None: the workers' default."""
+    codec: str | None = None
+    """Of KV blocks, the same for all workers. None: the workers' default."""
     overrides: tuple[tuple[str, str, str], ...] = ()
     """(service, field, value), the last one wins."""
 
@@ -76,6 +78,8 @@ def children(stack: Stack, cores: int) -> list[ChildSpec]:
     of_worker: dict[str, str] = {"model": stack.model, "listen": "127.0.0.1:0"}
     if stack.kv_blocks is not None:
         of_worker["kv_blocks"] = str(stack.kv_blocks)
+    if stack.codec is not None:
+        of_worker["codec"] = stack.codec
     return [
         _child(stack, "router", "router", {"model": stack.model, "listen": stack.listen}, 1),
         *(

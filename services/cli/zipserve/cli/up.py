@@ -87,6 +87,7 @@ def _setup(options: argparse.Namespace, listen: str, model: str, log_dir: Path) 
         drain_s=options.drain,
         threads=options.threads,
         kv_blocks=options.kv_blocks,
+        codec=options.codec,
         overrides=tuple(options.overrides),
     )
     return Setup(

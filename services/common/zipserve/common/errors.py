@@ -18,6 +18,7 @@
     │   ├── BlockSwappedError        DATA_LOSS            the slab holds other tokens than it should
     │   ├── BlockCorruptError        DATA_LOSS            the checksum does not match the bytes
     │   └── TransferError            ABORTED              the bytes did not arrive
+    ├── KvValueError                 INTERNAL             the model's K or V cannot be stored: not finite, or too large
     └── InternalError                INTERNAL             a defect of ours
 
 Each class has a stable `reason` (UPPER_SNAKE, also the metric label), a gRPC status `code` by name, and says whether
@@ -168,6 +169,13 @@ class TransferError(HandoffError):
     """The bytes did not arrive: the peer is gone, or the transport failed."""
 
     reason = "TRANSFER_FAILED"
+
+
+class KvValueError(ZipserveError):
+    """The model computed a key or value that is not finite, or that the codec cannot hold; nothing of it was kept."""
+
+    reason = "KV_VALUE"
+    code = "INTERNAL"
 
 
 class InternalError(ZipserveError):

@@ -4,9 +4,11 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from zipserve.common.errors import KvValueError
 from zipserve.engine.attention import Scoring
 from zipserve.engine.cache import KvCache
 from zipserve.engine.chunk import Chunk
+from zipserve.engine.codec import REFUSALS
 from zipserve.engine.decode import DecodeRows
 from zipserve.engine.sequence import Segment
 
@@ -18,6 +20,7 @@ class Batch:
         order = sorted(range(len(segments)), key=lambda index: len(segments[index].token_ids) > 1)
         decode = [segments[index].sequence for index in order if len(segments[index].token_ids) == 1]
         self._decode = DecodeRows(decode, cache) if decode else None
+        self._order = order
         self._chunks: list[tuple[slice, Chunk]] = []
         self.calls = 0
         """Layers that have been computed."""
@@ -51,3 +54,22 @@ class Batch:
         for rows, chunk in self._chunks:
             output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring).transpose(0, 1)
         return output
+
+    def refused(self) -> dict[int, KvValueError]:
+        """The segments with a block that the codec refused, by index; to be asked after the last layer."""
+        found: dict[int, KvValueError] = {}
+        if self._decode is not None:
+            _note(self._decode.refused, [self._order[row] for row in self._decode.full], found)
+        for index, (_, chunk) in zip(self._order[len(self._order) - len(self._chunks) :], self._chunks, strict=True):
+            _note(chunk.refused, [index] * chunk.full_blocks, found)
+        return found
+
+
+def _note(refused: list[tuple[int, torch.Tensor]], segments: list[int], found: dict[int, KvValueError]) -> None:
+    """Adds the first refusal of each segment; `refused` has layer and status of the blocks of `segments`."""
+    if not refused or not bool(torch.stack([status for _, status in refused]).any()):
+        return
+    for layer, status in refused:
+        for segment, code in zip(segments, status.tolist(), strict=True):
+            if code:
+                found.setdefault(segment, KvValueError(f"a block of layer {layer} cannot be sealed: {REFUSALS[code]}"))

@@ -1,4 +1,4 @@
-"""All KV of one worker: sealed blocks and packed tails in two arenas, and the open blocks that sequences grow in.
+"""All KV of one worker: sealed blocks, sinks and packed tails in arenas, and the open blocks that sequences grow in.
 
 The arenas are plain bytes that the transfer service registers and other workers read; headers and checksums are written
 and verified outside. Open blocks are working memory in the model's dtype and never leave the device as they are.
@@ -6,27 +6,39 @@ and verified outside. Open blocks are working memory in the model's dtype and ne
 
 import torch
 
-from zipserve.common.kv.layout import SLAB_ALIGNMENT_BYTES, Layout
-from zipserve.engine.codec import TORCH_DTYPES, codec_for, payload
+from zipserve.common.errors import KvValueError
+from zipserve.common.kv.layout import Layout, SlabKind
+from zipserve.engine.codec import REFUSALS, TORCH_DTYPES, Arenas, codec_for
+from zipserve.engine.codec.arenas import views
+from zipserve.engine.codec.uniform import decode_int8, encode_int8, status_of
 
 
 class KvCache:
     """KV memory for sequences of one layout. Slabs and slots are numbered from 0; who holds which is not known here."""
 
-    def __init__(self, layout: Layout, blocks: int, tails: int, slots: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        blocks: int,
+        tails: int,
+        slots: int,
+        sinks: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         """Allocates everything at once.
 
         Args:
             blocks: slabs for sealed blocks.
             tails: slabs for packed tails.
             slots: open blocks, one for each sequence that is being computed.
+            sinks: slabs for sinks, where the codec has them; None: as many as blocks.
         """
         self.layout = layout
         self.device = torch.device(device)
         self.blocks, self.tails, self.slots = blocks, tails, slots
-        self.block_arena = _arena(blocks, layout.block_slab_bytes, self.device)
-        self.tail_arena = _arena(tails, layout.tail_slab_bytes, self.device)
-        self.codec = codec_for(layout, self.block_arena)
+        self.sinks = (blocks if sinks is None else sinks) if layout.has_sinks else 0
+        self.arenas = Arenas.allocate(layout, blocks=blocks, tails=tails, sinks=self.sinks, device=device)
+        self.codec = codec_for(layout, self.arenas)
         shape = (layout.layers, slots, layout.kv_heads, layout.block_tokens)
         dtype = TORCH_DTYPES[layout.dtype]
         # Tokens of an open block that do not exist yet are zeros: they get weight 0, and 0 * NaN would not be 0.
@@ -34,43 +46,57 @@ class KvCache:
         """[layers, slots, kv_heads, block_tokens, key_dim]"""
         self.open_values = torch.zeros((*shape, layout.value_dim), dtype=dtype, device=self.device)
         """[layers, slots, kv_heads, block_tokens, value_dim]"""
+        self.open_scores = torch.zeros(layout.layers, slots, layout.block_tokens, device=self.device)
+        """float32 [layers, slots, block_tokens]: what the block's probe rows so far pay to its tokens. Stays zero where
+        the codec needs no scores."""
 
-    def block_slab(self, slab: int) -> memoryview:
-        """Writable bytes of a slab of the block arena (host memory only)."""
-        return self.block_arena[slab].numpy().data
-
-    def tail_slab(self, slab: int) -> memoryview:
-        """Writable bytes of a slab of the tail arena (host memory only)."""
-        return self.tail_arena[slab].numpy().data
+    def slab(self, kind: SlabKind, slab: int) -> memoryview:
+        """Writable bytes of a slab (host memory only)."""
+        return self.arenas.of(kind)[slab].numpy().data
 
     def pack_tail(self, slot: int, tokens: int, slab: int) -> None:
-        """Writes the first `tokens` tokens of an open block into a tail slab, without gaps.
+        """Writes the first `tokens` tokens of an open block into a tail slab, without gaps (layout.tail_fields).
 
-        The payload is that of a block with `tokens` tokens: [layer][kv head][keys, then values].
+        Raises:
+            KvValueError: a key or value is not finite or too large.
         """
-        keys, values = self._tail(slab, tokens)
-        keys.copy_(self.open_keys[:, slot, :, :tokens])
-        values.copy_(self.open_values[:, slot, :, :tokens])
+        tail = self._tail(slab, tokens)
+        keys, values = self.open_keys[:, slot, :, :tokens], self.open_values[:, slot, :, :tokens]
+        if "heads" in tail:
+            tail["heads"].copy_(torch.cat((keys.flatten(2), values.flatten(2)), 2))
+            return
+        key_codes, key_scales = encode_int8(keys)
+        value_codes, value_scales = encode_int8(values)
+        scales = torch.stack((key_scales, value_scales), -1)
+        for layer, status in enumerate(status_of(keys, values, scales).tolist()):
+            if status:
+                raise KvValueError(f"the tail of layer {layer} cannot be sealed: {REFUSALS[status]}")
+        tail["scales"].copy_(scales)
+        tail["key_codes"].copy_(key_codes)
+        tail["value_codes"].copy_(value_codes)
+        if "scores" in tail:
+            tail["scores"].copy_(self.open_scores[:, slot, :tokens])
 
     def unpack_tail(self, slab: int, tokens: int, slot: int) -> None:
         """Fills an open block with the `tokens` tokens of a tail slab: the reverse of `pack_tail`."""
-        keys, values = self._tail(slab, tokens)
-        for open_block, tail in ((self.open_keys, keys), (self.open_values, values)):
-            open_block[:, slot, :, :tokens].copy_(tail)
+        tail, layout = self._tail(slab, tokens), self.layout
+        if "heads" in tail:
+            border = tokens * layout.key_dim
+            keys = torch.unflatten(tail["heads"][..., :border], 2, (tokens, layout.key_dim))
+            values = torch.unflatten(tail["heads"][..., border:], 2, (tokens, layout.value_dim))
+        else:
+            keys = decode_int8(tail["key_codes"], tail["scales"][..., 0])
+            values = decode_int8(tail["value_codes"], tail["scales"][..., 1])
+        for open_block, part in ((self.open_keys, keys), (self.open_values, values)):
+            open_block[:, slot, :, :tokens].copy_(part)
             open_block[:, slot, :, tokens:] = 0
+        self.open_scores[:, slot] = 0
+        if "scores" in tail:
+            self.open_scores[:, slot, :tokens] = tail["scores"]
 
-    def _tail(self, slab: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of a tail's keys [layers, kv_heads, tokens, key_dim] and values."""
+    def _tail(self, slab: int, tokens: int) -> dict[str, torch.Tensor]:
+        """Fields of a tail slab: [layers, *shape]."""
         if not 0 <= tokens < self.layout.block_tokens:
             raise ValueError(f"a tail holds 0 to {self.layout.block_tokens - 1} tokens, not {tokens}")
-        heads = payload(self.layout, self.tail_arena, tokens)[slab]
-        border = tokens * self.layout.key_dim
-        keys = torch.unflatten(heads[..., :border], 2, (tokens, self.layout.key_dim))
-        return keys, torch.unflatten(heads[..., border:], 2, (tokens, self.layout.value_dim))
-
-
-def _arena(slabs: int, slab_bytes: int, device: torch.device) -> torch.Tensor:
-    """Zeroed uint8 [slabs, slab_bytes] that starts at a page: transports register whole pages."""
-    memory = torch.zeros(slabs * slab_bytes + SLAB_ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-    start = -memory.data_ptr() % SLAB_ALIGNMENT_BYTES
-    return memory[start : start + slabs * slab_bytes].view(slabs, slab_bytes)
+        arena = self.arenas.tails[slab : slab + 1]
+        return {name: field[0] for name, field in views(self.layout, SlabKind.TAIL, tokens, arena).items()}

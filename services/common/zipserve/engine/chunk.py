@@ -4,6 +4,7 @@ import torch
 
 from zipserve.engine.attention import Scoring, Visibility, attend
 from zipserve.engine.cache import KvCache
+from zipserve.engine.probes import Probes
 from zipserve.engine.sequence import Sequence
 
 TILE_TOKENS = 512
@@ -20,8 +21,15 @@ class Chunk:
         self._end = sequence.length + tokens
         size = cache.layout.block_tokens
         self._sealed, self._open = divmod(self._start, size)
-        self._slabs = torch.tensor(sequence.blocks[: self._end // size], dtype=torch.int64, device=cache.device)
+        blocks = self._end // size
+        self._slabs = torch.tensor(sequence.blocks[:blocks], dtype=torch.int64, device=cache.device)
+        self._sink_slabs = torch.tensor(sequence.sink_slabs(0, blocks), dtype=torch.int64, device=cache.device)
         self._masks: dict[tuple[Visibility, int, int], torch.Tensor] = {}
+        self._probes = Probes(self._start, self._end, size, cache.device) if cache.codec.needs_scores else None
+        self.full_blocks = blocks - self._sealed
+        """Blocks that become full."""
+        self.refused: list[tuple[int, torch.Tensor]] = []
+        """Layer and status of these blocks, where a codec may have refused one."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
@@ -33,23 +41,38 @@ class Chunk:
         if self._open:
             key = torch.cat((self._cache.open_keys[layer, self._slot, :, : self._open], key), 1)
             value = torch.cat((self._cache.open_values[layer, self._slot, :, : self._open], value), 1)
-        output = self._over_past(layer, query, key, value, scoring)
-        self._write(layer, key, value)
+        seen = scoring.visibility
+        base = min(seen.first(self._start) // self._cache.layout.block_tokens, self._sealed)
+        all_keys, all_values = self._with_past(layer, base, key, value)
+        offset = base * self._cache.layout.block_tokens  # position of the first key
+        output = self._over_past(query, all_keys, all_values, scoring, offset)
+        scores = None
+        if self._probes is not None:
+            scores = self._probes.scores(query, all_keys, scoring, offset)
+            if self._open:
+                scores[0] += self._cache.open_scores[layer, self._slot]
+        self._write(layer, key, value, scores)
         return output
 
+    def _with_past(
+        self, layer: int, base: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values from block `base` on; `key` and `value` start with the open block."""
+        if base == self._sealed:
+            return key, value
+        past = slice(base, self._sealed)
+        past_key, past_value = self._cache.codec.read_blocks(layer, self._slabs[past], self._sink_slabs[past])
+        return (
+            torch.cat((past_key.transpose(0, 1).flatten(1, 2), key), 1),
+            torch.cat((past_value.transpose(0, 1).flatten(1, 2), value), 1),
+        )
+
     def _over_past(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, offset: int
     ) -> torch.Tensor:
-        """`key` and `value` start with the open block."""
         seen = scoring.visibility
-        base = seen.first(self._start) // self._cache.layout.block_tokens
-        if base < self._sealed:
-            past_key, past_value = self._cache.codec.read_blocks(layer, self._slabs[base : self._sealed])
-            key = torch.cat((past_key.transpose(0, 1).flatten(1, 2), key), 1)
-            value = torch.cat((past_value.transpose(0, 1).flatten(1, 2), value), 1)
         if self._start == 0 and seen.first(self._end - 1) == 0:
             return attend(query, key, value, scoring, None)
-        offset = min(base, self._sealed) * self._cache.layout.block_tokens  # position of the first key
         outputs = []
         for start in range(self._start, self._end, TILE_TOKENS):
             end = min(start + TILE_TOKENS, self._end)
@@ -68,17 +91,23 @@ class Chunk:
             mask = self._masks[visibility, start, end] = visibility.mask(queries[:, None], keys)
         return mask
 
-    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+    def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Stores tokens from the open block's first one on: full blocks sealed, the rest in the open block."""
         cache = self._cache
         size = cache.layout.block_tokens
-        blocks = self._end // size - self._sealed
+        blocks = self.full_blocks
         if blocks:
             full_keys, full_values = (
                 torch.unflatten(part[:, : blocks * size], 1, (blocks, size)).transpose(0, 1) for part in (key, value)
             )
-            cache.codec.write_blocks(layer, self._slabs[self._sealed :], full_keys, full_values)
+            of_full = scores[:blocks] if scores is not None else None
+            slabs, sink_slabs = self._slabs[self._sealed :], self._sink_slabs[self._sealed :]
+            status = cache.codec.write_blocks(layer, slabs, sink_slabs, full_keys, full_values, of_full)
+            if status is not None:
+                self.refused.append((layer, status))
         rest = self._end % size
         for open_block, part in ((cache.open_keys, key), (cache.open_values, value)):
             open_block[layer, self._slot, :, :rest] = part[:, blocks * size :]
             open_block[layer, self._slot, :, rest:] = 0
+        if scores is not None:
+            cache.open_scores[layer, self._slot] = scores[-1] if rest else 0

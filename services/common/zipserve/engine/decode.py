@@ -5,48 +5,60 @@ from dataclasses import dataclass
 
 import torch
 
-from zipserve.engine.attention import Scoring, Visibility, weights
+from zipserve.engine.attention import Scoring, Visibility
 from zipserve.engine.cache import KvCache
+from zipserve.engine.codec import Sealed
 from zipserve.engine.sequence import Sequence
+from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks, decode_attention
+from zipserve.kernels.zipformat import probe_offsets
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the rows see under one visibility; the same for all layers that see alike."""
+    """What the rows see under one visibility; the same for all layers that see alike. int32, except `slabs`."""
 
     slabs: torch.Tensor
-    """[n]: sealed blocks of all rows, one after another."""
-    owner: torch.Tensor
-    """[n]: the row that each of them belongs to."""
-    column: torch.Tensor
-    """[n]: its place among its row's blocks."""
-    columns: int
-    """Most blocks of a row."""
-    visible: torch.Tensor
-    """bool [rows, 1, 1, columns * block_tokens + open tokens]: sealed blocks first, then the open block."""
+    """int64 [n]: sealed blocks of all rows, one after another."""
+    sink_slabs: torch.Tensor
+    """int64 [n]: of each of them; -1 unless it is block 0."""
+    table: torch.Tensor
+    """[rows, columns]: the slabs of each row's blocks."""
+    index: torch.Tensor
+    """[rows, columns]: where in `slabs` they stand."""
+    counts: torch.Tensor
+    """[rows]"""
+    starts: torch.Tensor
+    """[rows]: position of the first token of column 0."""
+    first: torch.Tensor
+    """[rows]: lowest position that the row sees."""
 
 
 class DecodeRows:
-    """One new token for each of `sequences`, in one step.
-
-    Sealed blocks of all rows are read and multiplied together, one small matrix each; only the scores, which are small,
-    are laid out as a rectangle.
-    """
+    """One new token for each of `sequences`, in one step."""
 
     def __init__(self, sequences: SequenceOf[Sequence], cache: KvCache) -> None:
         size = cache.layout.block_tokens
         self.count = len(sequences)
         self._cache = cache
         self._sequences = sequences
-        self._slots = _index([sequence.slot for sequence in sequences], cache)
-        offsets = [sequence.length % size for sequence in sequences]
+        slots, offsets = [seq.slot for seq in sequences], [seq.length % size for seq in sequences]
+        self._slots = _index(slots, cache)
         self._offsets = _index(offsets, cache)
-        self._open_tokens = max(offsets) + 1
-        self._starting = _index([seq.slot for seq, offset in zip(sequences, offsets, strict=True) if not offset], cache)
+        self._open_slots = self._slots.int()
+        self._open_counts = self._offsets.int() + 1
+        self._starting = _index([slot for slot, offset in zip(slots, offsets, strict=True) if not offset], cache)
         full = [seq for seq, offset in zip(sequences, offsets, strict=True) if offset == size - 1]
-        self._full_slots = _index([sequence.slot for sequence in full], cache)
-        self._full_slabs = _index([sequence.blocks[sequence.length // size] for sequence in full], cache)
+        self.full = [row for row, offset in enumerate(offsets) if offset == size - 1]
+        """Rows whose block becomes full."""
+        self._full_slots = _index([seq.slot for seq in full], cache)
+        self._full_slabs = _index([seq.blocks[seq.length // size] for seq in full], cache)
+        self._full_sinks = _index([seq.sinks if seq.length < size else -1 for seq in full], cache)
+        probes = set(probe_offsets(size)) if cache.codec.needs_scores else set()
+        self._probing = _index([row for row, offset in enumerate(offsets) if offset in probes], cache)
+        self._row_sinks = _index([seq.sinks for seq in sequences], cache).int()
         self._plans: dict[Visibility, _Plan] = {}
+        self.refused: list[tuple[int, torch.Tensor]] = []
+        """Layer and status of the blocks of `full` that a codec may have refused."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
@@ -55,45 +67,50 @@ class DecodeRows:
 
         Args: as Attender.attend; returns [rows, heads, value_dim].
         """
-        open_keys, open_values = self._cache.open_keys[layer], self._cache.open_values[layer]
+        cache = self._cache
+        open_keys, open_values, open_scores = (
+            part[layer] for part in (cache.open_keys, cache.open_values, cache.open_scores)
+        )
         if len(self._starting):
-            open_keys[self._starting] = 0
-            open_values[self._starting] = 0
+            for part in (open_keys, open_values, open_scores):
+                part[self._starting] = 0
         open_keys[self._slots, :, self._offsets] = key.transpose(0, 1)
         open_values[self._slots, :, self._offsets] = value.transpose(0, 1)
-        heads = (key.shape[0], query.shape[0] // key.shape[0])
-        # [rows, kv_heads, group, key_dim]
-        grouped = torch.unflatten(query.transpose(0, 1) * scoring.scale, 1, heads)
-        output = self._attend(layer, grouped, scoring)
-        if len(self._full_slots):
-            full_keys, full_values = open_keys[self._full_slots], open_values[self._full_slots]
-            self._cache.codec.write_blocks(layer, self._full_slabs, full_keys, full_values)
-        return output.flatten(1, 2)
-
-    def _attend(self, layer: int, query: torch.Tensor, scoring: Scoring) -> torch.Tensor:
-        cache, size = self._cache, self._cache.layout.block_tokens
         plan = self._plan(scoring.visibility)
-        open_keys = cache.open_keys[layer, :, :, : self._open_tokens].index_select(0, self._slots)
-        open_values = cache.open_values[layer, :, :, : self._open_tokens].index_select(0, self._slots)
-        scores = torch.matmul(query, open_keys.transpose(2, 3))  # [rows, kv_heads, group, open tokens]
-        if not plan.columns:
-            return torch.matmul(self._weights(scores, scoring, plan).to(open_values.dtype), open_values)
-        keys, values = cache.codec.read_blocks(layer, plan.slabs)
-        sealed = scores.new_zeros(*scores.shape[:3], plan.columns, size)
-        sealed[plan.owner, :, :, plan.column] = torch.matmul(query[plan.owner], keys.transpose(2, 3))
-        scores = torch.cat((sealed.flatten(3), scores), 3)
-        probabilities = self._weights(scores, scoring, plan).to(values.dtype)
-        border = plan.columns * size
-        output = torch.matmul(probabilities[..., border:], open_values)
-        of_sealed = torch.unflatten(probabilities[..., :border], 3, (plan.columns, size))
-        of_blocks = of_sealed[plan.owner, :, :, plan.column]
-        return output.index_add_(0, plan.owner, torch.matmul(of_blocks, values))
+        output, weights = decode_attention(
+            query.transpose(0, 1),
+            self._sealed(layer, plan),
+            OpenBlocks(open_keys, open_values, self._open_slots, self._open_counts),
+            plan.first,
+            scale=scoring.scale,
+            softcap=scoring.softcap,
+            sink_logits=scoring.sinks,
+            with_weights=len(self._probing) > 0,
+        )
+        if weights is not None:
+            open_scores[self._slots[self._probing]] += weights[self._probing]
+        if self.full:
+            status = cache.codec.write_blocks(
+                layer,
+                self._full_slabs,
+                self._full_sinks,
+                open_keys[self._full_slots],
+                open_values[self._full_slots],
+                open_scores[self._full_slots],
+            )
+            if status is not None:
+                self.refused.append((layer, status))
+        return output.to(query.dtype)
 
-    @staticmethod
-    def _weights(scores: torch.Tensor, scoring: Scoring, plan: _Plan) -> torch.Tensor:
-        """`weights` for scores [rows, kv_heads, group, keys]: heads are one dimension there."""
-        shape = scores.shape
-        return weights(scores.flatten(1, 2)[:, :, None], scoring, plan.visible).view(shape)
+    def _sealed(self, layer: int, plan: _Plan) -> SealedBlocks:
+        """The rows' blocks as they are, or decoded where the codec must."""
+        sealed, table = self._cache.codec.sealed(layer), plan.table
+        if sealed is None:
+            keys, values = self._cache.codec.read_blocks(layer, plan.slabs, plan.sink_slabs)
+            form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
+            data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)
+            sealed, table = Sealed(form, data, self._cache.arenas.sinks), plan.index
+        return SealedBlocks(sealed.form, sealed.data, table, plan.counts, plan.starts, sealed.sinks, self._row_sinks)
 
     def _plan(self, visibility: Visibility) -> _Plan:
         plan = self._plans.get(visibility)
@@ -103,32 +120,29 @@ class DecodeRows:
 
     def _make_plan(self, visibility: Visibility) -> _Plan:
         cache, size = self._cache, self._cache.layout.block_tokens
-        slabs: list[int] = []
-        owner: list[int] = []
-        column: list[int] = []
-        first_blocks: list[int] = []
-        for row, sequence in enumerate(self._sequences):
+        firsts = [visibility.first(sequence.length) for sequence in self._sequences]
+        spans = []
+        for sequence, first in zip(self._sequences, firsts, strict=True):
             sealed = sequence.length // size
-            first = min(visibility.first(sequence.length) // size, sealed)
-            first_blocks.append(first)
-            slabs += sequence.blocks[first:sealed]
-            owner += [row] * (sealed - first)
-            column += range(sealed - first)
-        columns = max(column, default=-1) + 1
-        positions = _index([sequence.length for sequence in self._sequences], cache)[:, None]
-        # Columns beyond a row's own blocks would stand at positions of its open block or later: kept out below.
-        sealed_keys = _index(first_blocks, cache)[:, None] * size + torch.arange(columns * size, device=cache.device)
-        open_start = positions - positions % size
-        open_keys = open_start + torch.arange(self._open_tokens, device=cache.device)
-        visible = torch.cat(
-            (
-                visibility.mask(positions, sealed_keys) & (sealed_keys < open_start),
-                visibility.mask(positions, open_keys),
-            ),
-            1,
-        )
+            spans.append((min(first // size, sealed), sealed))
+        columns = max(last - first for first, last in spans)
+        slabs: list[int] = []
+        sink_slabs: list[int] = []
+        table = torch.zeros(self.count, columns, dtype=torch.int32)
+        index = torch.zeros_like(table)
+        for row, (sequence, (first, last)) in enumerate(zip(self._sequences, spans, strict=True)):
+            table[row, : last - first] = torch.tensor(sequence.blocks[first:last], dtype=torch.int32)
+            index[row, : last - first] = torch.arange(len(slabs), len(slabs) + last - first)
+            slabs += sequence.blocks[first:last]
+            sink_slabs += sequence.sink_slabs(first, last)
+        counts = [last - first for first, last in spans]
+        starts = [first * size for first, _ in spans]
         return _Plan(
-            _index(slabs, cache), _index(owner, cache), _index(column, cache), columns, visible[:, None, None, :]
+            _index(slabs, cache),
+            _index(sink_slabs, cache),
+            table.to(cache.device),
+            index.to(cache.device),
+            *(_index(numbers, cache).int() for numbers in (counts, starts, firsts)),
         )
 
 

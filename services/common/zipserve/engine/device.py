@@ -8,12 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, ParamSpec, TypeVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers.utils.logging import disable_progress_bar
 
 from zipserve.common import __version__, log, models
-from zipserve.common.kv.header import SlabKind
-from zipserve.common.kv.layout import Layout
+from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, Layout, SlabKind
 from zipserve.common.settings import ServiceSettings
 from zipserve.common.transport import ArenaInfo
 from zipserve.engine import loader
@@ -36,14 +35,17 @@ class WorkerSettings(ServiceSettings):
     """Torch device."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of weights, activations and unquantized KV."""
-    codec: Literal["raw"] = "raw"
-    """How blocks are coded."""
+    codec: str = DEFAULT_CODEC
+    """How blocks are coded, the same in the whole cluster: raw, int8, int4, zipcache, zip-4/4, zip-4/3, zip-4/32,
+    zip-43/32, zip-4/2 or zip-3/2."""
     block_tokens: int = Field(default=128, ge=16, multiple_of=16)
-    """Tokens per block."""
+    """Tokens per block; zip codecs need a multiple of 64."""
     kv_blocks: int = Field(default=256, ge=1)
     """Slabs of the block arena."""
     kv_tails: int = Field(default=64, ge=1)
     """Slabs of the tail arena."""
+    kv_sinks: int = Field(default=64, ge=1)
+    """Slabs of the sinks arena, one for each sequence of a block or more; zip codecs only."""
     sequences_max: int = Field(default=32, ge=1)
     """Most sequences computed in one step."""
     threads: int = Field(default=0, ge=0)
@@ -54,6 +56,13 @@ class WorkerSettings(ServiceSettings):
     """Most tokens of all waiting requests together; a request beyond is refused."""
     deadline_default_s: float = Field(default=600.0, gt=0.0)
     """Time for a call whose caller sets no deadline, in seconds."""
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, codec: str) -> str:
+        if codec not in CODECS:
+            raise ValueError(f"codec {codec!r} is unknown; known: {', '.join(CODECS)}")
+        return codec
 
 
 class Device:
@@ -91,7 +100,7 @@ class Device:
 
     def slab_view(self, kind: SlabKind, slab: int) -> memoryview:
         """The bytes of a slab in host memory."""
-        return self.cache.block_slab(slab) if kind is SlabKind.BLOCK else self.cache.tail_slab(slab)
+        return self.cache.slab(kind, slab)
 
     def capabilities(self, role: WorkerRole.ValueType, address: str) -> Capabilities:
         """What this worker is, for the registry."""
@@ -133,15 +142,17 @@ class Device:
         probe(self._model)
         self.layout = self._model.layout(codec=settings.codec, block_tokens=settings.block_tokens)
         self.cache = KvCache(
-            self.layout, settings.kv_blocks, settings.kv_tails, settings.sequences_max, settings.device
+            self.layout,
+            settings.kv_blocks,
+            settings.kv_tails,
+            settings.sequences_max,
+            settings.kv_sinks,
+            settings.device,
         )
         self.engine = Engine(self._model, self.cache)
         memory_type = "DRAM" if settings.device == "cpu" else "VRAM"
-        layout, cache = self.layout, self.cache
         self.arenas = [
-            ArenaInfo(SlabKind.BLOCK, cache.block_arena.data_ptr(), layout.block_slab_bytes, settings.kv_blocks,
-                      memory_type),
-            ArenaInfo(SlabKind.TAIL, cache.tail_arena.data_ptr(), layout.tail_slab_bytes, settings.kv_tails,
-                      memory_type),
-        ]  # fmt: skip
-        _log.info("model.loaded", model=files.name, revision=files.revision[:12], layout=layout.description)
+            ArenaInfo(kind, arena.data_ptr(), self.layout.slab_bytes(kind), len(arena), memory_type)
+            for kind, arena in ((kind, self.cache.arenas.of(kind)) for kind in self.layout.kinds())
+        ]
+        _log.info("model.loaded", model=files.name, revision=files.revision[:12], layout=self.layout.description)

@@ -1,15 +1,26 @@
 """Runs steps: tokens of many sequences through the model, their KV into the cache, the logits back."""
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 
-from zipserve.common.errors import InternalError
+from zipserve.common.errors import InternalError, ZipserveError
 from zipserve.engine.attention import attending
 from zipserve.engine.batch import Batch
 from zipserve.engine.cache import KvCache
 from zipserve.engine.model import LoadedModel
 from zipserve.engine.sequence import Segment
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step computed."""
+
+    logits: torch.Tensor
+    """float32 [segments, vocab]: for the token that follows each segment; zeros where it failed."""
+    failed: dict[int, ZipserveError]
+    """Segments that failed, by index: their KV is lost, and their sequence's length is what it was."""
 
 
 class Engine:
@@ -26,35 +37,52 @@ class Engine:
         self.cache = cache
 
     @torch.inference_mode()
-    def forward(self, segments: SequenceOf[Segment]) -> torch.Tensor:
+    def forward(self, segments: SequenceOf[Segment]) -> Step:
         """Computes one step and advances the length of its sequences.
-
-        After an error other than ValueError the KV of the step's sequences is lost; that of others is untouched.
 
         Args:
             segments: at least one, of different sequences; those of one token and longer ones may be mixed.
 
-        Returns:
-            [segments, vocab] float32: logits for the token that follows each segment.
-
         Raises:
             ValueError: a segment is empty, does not fit its sequence's blocks or the model's context, or has a token
                 outside of the vocabulary. Nothing was computed.
-            InternalError: logits are not finite; the message names the segments by index.
+            InternalError: a defect; the KV of the step's sequences is lost.
         """
         self._check(segments)
         batch = Batch(segments, self.cache)
+        logits = self._compute(batch, batch.last)
+        failed: dict[int, ZipserveError] = dict(batch.refused())
+        # The maximum is NaN or infinite if anything harmful is in a row; a single -inf is a token that is ruled out.
+        for index, good in enumerate(logits.amax(-1).isfinite().tolist()):
+            if not good:
+                failed.setdefault(index, InternalError("the logits are not finite"))
+        for index, segment in enumerate(segments):
+            if index in failed:
+                logits[index] = 0
+            else:
+                segment.sequence.length += len(segment.token_ids)
+        return Step(logits, failed)
+
+    @torch.inference_mode()
+    def logits_of(self, segment: Segment) -> torch.Tensor:
+        """Computes one segment like `forward`; returns the logits after each of its tokens, float32 [tokens, vocab].
+
+        Raises:
+            ValueError, InternalError, KvValueError: see `forward`.
+        """
+        self._check([segment])
+        batch = Batch([segment], self.cache)
+        logits = self._compute(batch, torch.arange(len(segment.token_ids), device=self.cache.device))
+        for error in batch.refused().values():
+            raise error
+        segment.sequence.length += len(segment.token_ids)
+        return logits
+
+    def _compute(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         with attending(batch):
-            logits = self.model.logits(batch.token_ids, batch.positions, batch.last)
+            logits = self.model.logits(batch.token_ids, batch.positions, rows)
         if batch.calls != self.cache.layout.layers:
             raise InternalError(f"{batch.calls} layers attended through the engine, not {self.cache.layout.layers}")
-        # The maximum is NaN or infinite if anything harmful is in a row; a single -inf is a token that is ruled out.
-        finite = logits.amax(-1).isfinite()
-        if not finite.all():
-            broken = [index for index, good in enumerate(finite.tolist()) if not good]
-            raise InternalError(f"the logits of segments {broken} are not finite")
-        for segment in segments:
-            segment.sequence.length += len(segment.token_ids)
         return logits
 
     def _check(self, segments: SequenceOf[Segment]) -> None:
@@ -83,6 +111,8 @@ class Engine:
             problem = f"has slot {sequence.slot} of {self.cache.slots}"
         elif not all(0 <= slab < self.cache.blocks for slab in sequence.blocks[:blocks]):
             problem = f"has slabs outside of the {self.cache.blocks} of the arena"
+        elif blocks and self.cache.layout.has_sinks and not 0 <= sequence.sinks < self.cache.sinks:
+            problem = f"fills block 0 and has sinks slab {sequence.sinks} of {self.cache.sinks}"
         elif min(ids) < 0 or max(ids) >= self.model.vocab_tokens:
             problem = f"has a token outside of the vocabulary of {self.model.vocab_tokens}"
         return problem

@@ -81,7 +81,7 @@ def _through_engine(model: LoadedModel, ids: list[list[int]]) -> dict[tuple[int,
     """Logits by (sequence, tokens so far)."""
     layout = model.layout(block_tokens=BLOCK_TOKENS)
     blocks = [layout.blocks_for(len(tokens)) for tokens in ids]
-    cache = KvCache(layout, sum(blocks), 0, len(ids), model.device)
+    cache = KvCache(layout, sum(blocks), 0, len(ids), device=model.device)
     free = iter(range(sum(blocks)))
     sequences = [Sequence([next(free) for _ in range(count)], slot) for slot, count in enumerate(blocks)]
     engine = Engine(model, cache)
@@ -93,7 +93,10 @@ def _through_engine(model: LoadedModel, ids: list[list[int]]) -> dict[tuple[int,
             Segment(sequences[index], ids[index][start : start + step[index]])
             for index, start in zip(running, starts, strict=True)
         ]
-        for index, logits in zip(running, engine.forward(segments), strict=True):
+        computed = engine.forward(segments)
+        for error in computed.failed.values():
+            raise error
+        for index, logits in zip(running, computed.logits, strict=True):
             found[index, sequences[index].length] = logits
     return found
 

@@ -18,6 +18,12 @@ class Sequence:
     """Open block that holds the newest `length % block_tokens` tokens."""
     length: int = 0
     """Tokens whose KV is here. The engine advances it."""
+    sinks: int = -1
+    """Slab of the sinks arena, beside block 0; -1 where the codec has none, or while there is no block."""
+
+    def sink_slabs(self, first: int, last: int) -> list[int]:
+        """For blocks first .. last - 1 the slab of their sinks: -1 for all but block 0."""
+        return [self.sinks if block == 0 else -1 for block in range(first, last)]
 
 
 @dataclass(frozen=True)

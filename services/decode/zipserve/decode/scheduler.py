@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.common.kv.allocator import SlabAllocator
+from zipserve.common.kv.pools import SlabPools, Slabs
 
 
 @dataclass(frozen=True)
 class Reservation:
     """Everything that a sequence needs until its last token, so that it never has to stop halfway."""
 
-    blocks: list[int]
-    tails: list[int]
-    """One slab if the pulled KV ends with a tail, else none. Only needed until the tail is unpacked."""
+    slabs: Slabs
+    """Those of all tokens to come among them; the tail is only needed until it is unpacked."""
     slot: int
 
 
@@ -33,18 +33,14 @@ class DecodeScheduler:
 
     def __init__(
         self,
+        pools: SlabPools,
         *,
-        blocks: int,
-        tails: int,
         slots: int,
-        block_tokens: int,
         queue_requests_max: int,
         queue_tokens_max: int,
     ) -> None:
-        self.blocks = SlabAllocator(blocks)
-        self.tails = SlabAllocator(tails, "tail slabs")
+        self.pools = pools
         self.slots = SlabAllocator(slots, "slots")
-        self._block_tokens = block_tokens
         self._queue_requests_max = queue_requests_max
         self._queue_tokens_max = queue_tokens_max
         self._queue: deque[Ticket] = deque()
@@ -63,11 +59,11 @@ class DecodeScheduler:
             InvalidRequestError: it could never be held here.
             OverloadedError: the queue is full.
         """
-        needed = ticket.total_tokens // self._block_tokens
-        if needed > self.blocks.count:
+        needed = self.pools.blocks_for(ticket.total_tokens)
+        if needed > self.pools.blocks.count:
             raise InvalidRequestError(
                 f"a sequence of {ticket.total_tokens} tokens needs {needed} KV blocks, "
-                f"this worker has {self.blocks.count}",
+                f"this worker has {self.pools.blocks.count}",
                 field="max_new_tokens",
             )
         if len(self._queue) >= self._queue_requests_max:
@@ -90,33 +86,28 @@ class DecodeScheduler:
 
     def free_tail(self, reservation: Reservation) -> None:
         """Frees the tail slab of a reservation, after it was unpacked or in the end; once only counts."""
-        if reservation.tails:
-            self.tails.give_back(reservation.tails)
-            reservation.tails.clear()
+        if self.pools.give_back_tail(reservation.slabs):
             self._admit()
 
     def free(self, reservation: Reservation) -> None:
         """Frees all of a reservation."""
-        self.free_tail(reservation)
-        self.blocks.give_back(reservation.blocks)
+        self.pools.give_back(reservation.slabs)
         self.slots.give_back([reservation.slot])
         self._admit()
 
     def _admit(self) -> None:
         while self._queue:
             ticket = self._queue[0]
-            needed = ticket.total_tokens // self._block_tokens
-            tails = 1 if ticket.pulled_tokens % self._block_tokens else 0
-            if needed > self.blocks.free or tails > self.tails.free or not self.slots.free:
+            slabs = self.pools.try_take(ticket.total_tokens, tail_of=ticket.pulled_tokens) if self.slots.free else None
+            if slabs is None:
                 return
             self._queue.popleft()
             self.queued_tokens -= ticket.total_tokens
-            reservation = Reservation(self.blocks.take(needed), self.tails.take(tails), self.slots.take(1)[0])
-            ticket.on_reserved(reservation)
+            ticket.on_reserved(Reservation(slabs, self.slots.take(1)[0]))
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
-        for allocator in (self.blocks, self.tails, self.slots):
-            allocator.check_integrity()
+        self.pools.check_integrity()
+        self.slots.check_integrity()
         if self.queued_tokens != sum(ticket.total_tokens for ticket in self._queue):
             raise AssertionError("queued_tokens does not match the queue")

@@ -4,6 +4,7 @@ import asyncio
 
 import grpc
 
+from zipserve.common.kv.pools import SlabPools
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
@@ -51,10 +52,8 @@ class DecodeService:
             metrics=self.metrics,
         )
         self.scheduler = DecodeScheduler(
-            blocks=settings.kv_blocks,
-            tails=settings.kv_tails,
+            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.kv_sinks),
             slots=settings.sequences_max,
-            block_tokens=device.layout.block_tokens,
             queue_requests_max=settings.queue_requests_max,
             queue_tokens_max=settings.queue_tokens_max,
         )
@@ -77,11 +76,8 @@ class DecodeService:
             queued_requests=self.scheduler.queued_requests,
             queued_tokens=self.scheduler.queued_tokens,
             running_requests=self.worker.running_requests,
-            total_blocks=self.scheduler.blocks.count,
-            free_blocks=self.scheduler.blocks.free,
-            total_tails=self.scheduler.tails.count,
-            free_tails=self.scheduler.tails.free,
             draining=self.worker.draining,
+            **self.scheduler.pools.levels(),
         )
 
     def begin_drain(self) -> None:

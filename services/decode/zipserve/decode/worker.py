@@ -14,6 +14,7 @@ from zipserve.common.errors import (
     UnavailableError,
     ZipserveError,
 )
+from zipserve.common.kv.layout import SlabKind
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
@@ -67,6 +68,10 @@ class Finish:
     reason: FinishReason.ValueType
 
 
+_Outcome = int | ZipserveError
+"""Of one stream of a step: its next token, or why it failed."""
+
+
 class DecodeWorker:
     """All sequences of one decode worker. Lives in the event loop; `_step` does not."""
 
@@ -111,9 +116,11 @@ class DecodeWorker:
                 started_s = time.monotonic()
                 reservation = await self._reserve(claims.tokens, continuation.max_new_tokens, deadline)
                 queue_s = time.monotonic() - started_s
-                blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref in claims.refs)
-                pulled = await lease.pull(reservation.blocks[:blocks] + reservation.tails, deadline)
-            sequence = Sequence(reservation.blocks, reservation.slot, claims.tokens)
+                # each reference gets the next slab of its kind; those behind them wait for tokens to come
+                free = {kind: iter(reservation.slabs.of(kind)) for kind in SlabKind}
+                pulled = await lease.pull([next(free[SlabKind(ref.kind)]) for ref in claims.refs], deadline)
+            slabs = reservation.slabs
+            sequence = Sequence(slabs.blocks, reservation.slot, claims.tokens, next(iter(slabs.sinks), -1))
             stream = Stream(
                 continuation, reservation, sequence, pulled, queue_s, claims.tokens + 1, continuation.token_id
             )
@@ -142,23 +149,24 @@ class DecodeWorker:
                 continue
             self._stepping = self._running[:]
             self._metrics.running_requests.set(len(self._stepping))
-            tokens = await self._try_step(self._stepping)
+            outcomes = await self._try_step(self._stepping)
             stepped, self._stepping = self._stepping, []
-            for i, stream in enumerate(stepped):
-                if tokens is None:
-                    self._finish(stream, UnavailableError("a decode step failed; the worker's log has the details"))
+            for stream, outcome in zip(stepped, outcomes, strict=True):
+                if isinstance(outcome, ZipserveError):
+                    self._finish(stream, outcome)
                 elif not stream.gone:
-                    self._advance(stream, tokens[i])
+                    self._advance(stream, outcome)
                 if stream.gone:
                     self._free(stream)
 
-    async def _try_step(self, streams: list[Stream]) -> list[int] | None:
+    async def _try_step(self, streams: list[Stream]) -> list[_Outcome]:
         started_s = time.monotonic()
         try:
             return await self._device.run(self._step, streams)
         except Exception:  # noqa: BLE001  # one bad step must not end the worker
             _log.exception("step.failed", requests=[s.continuation.request_id for s in streams])
-            return None
+            error = UnavailableError("a decode step failed; the worker's log has the details")
+            return [error for _ in streams]
         finally:
             self._metrics.step_seconds.observe(time.monotonic() - started_s)
 
@@ -188,7 +196,7 @@ class DecodeWorker:
             stream.freed = True
             self._running.remove(stream)
             self._scheduler.free(stream.reservation)
-            self._metrics.free_blocks.set(self._scheduler.blocks.free)
+            self._metrics.free_blocks.set(self._scheduler.pools.blocks.free)
 
     async def _reserve(self, pulled_tokens: int, max_new_tokens: int, deadline: Deadline) -> Reservation:
         total = pulled_tokens + max_new_tokens
@@ -221,11 +229,13 @@ class DecodeWorker:
 
     # In the device's thread.
 
-    def _step(self, streams: list[Stream]) -> list[int]:
+    def _step(self, streams: list[Stream]) -> list[_Outcome]:
         for stream in streams:
-            if stream.reservation.tails:
+            tails = stream.reservation.slabs.tails
+            if tails:
                 open_tokens = stream.sequence.length % self._device.layout.block_tokens
-                self._device.cache.unpack_tail(stream.reservation.tails[0], open_tokens, stream.reservation.slot)
-        logits = self._device.engine.forward([Segment(s.sequence, [s.next_input]) for s in streams])
+                self._device.cache.unpack_tail(tails[0], open_tokens, stream.reservation.slot)
+        step = self._device.engine.forward([Segment(s.sequence, [s.next_input]) for s in streams])
         positions = [s.first_position + s.generated for s in streams]
-        return sample(logits, [s.continuation.sampling for s in streams], positions)
+        tokens = sample(step.logits, [s.continuation.sampling for s in streams], positions)
+        return [step.failed.get(i) or token for i, token in enumerate(tokens)]

@@ -6,6 +6,7 @@ from typing import Generic, TypeVar
 
 from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.common.kv.allocator import SlabAllocator
+from zipserve.common.kv.pools import SlabPools, Slabs
 
 T = TypeVar("T")
 
@@ -25,12 +26,10 @@ class Planned(Generic[T]):
     """A job with the slabs that it will fill. The slot is freed after the computation, the slabs with their lease."""
 
     job: Job[T]
-    blocks: list[int]
-    tails: list[int]
-    """One slab if the prompt does not end at a block's end, else none."""
+    slabs: Slabs
     slot: int
     generations: list[int]
-    """Of the blocks, then of the tail."""
+    """Of the slabs, in their order."""
 
 
 @dataclass
@@ -49,19 +48,15 @@ class PrefillScheduler(Generic[T]):
 
     def __init__(
         self,
+        pools: SlabPools,
         *,
-        blocks: int,
-        tails: int,
         slots: int,
-        block_tokens: int,
         batch_tokens_max: int,
         queue_requests_max: int,
         queue_tokens_max: int,
     ) -> None:
-        self.blocks = SlabAllocator(blocks)
-        self.tails = SlabAllocator(tails, "tail slabs")
+        self.pools = pools
         self._slots = SlabAllocator(slots, "slots")
-        self._block_tokens = block_tokens
         self._batch_tokens_max = batch_tokens_max
         self._queue_requests_max = queue_requests_max
         self._queue_tokens_max = queue_tokens_max
@@ -81,10 +76,10 @@ class PrefillScheduler(Generic[T]):
             InvalidRequestError: it could never be computed here.
             OverloadedError: the queue is full.
         """
-        needed = job.tokens // self._block_tokens
-        if needed > self.blocks.count:
+        needed, there_are = self.pools.blocks_for(job.tokens), self.pools.blocks.count
+        if needed > there_are:
             raise InvalidRequestError(
-                f"a prompt of {job.tokens} tokens needs {needed} KV blocks, this worker has {self.blocks.count}",
+                f"a prompt of {job.tokens} tokens needs {needed} KV blocks, this worker has {there_are}",
                 field="token_ids",
             )
         if len(self._queue) >= self._queue_requests_max:
@@ -129,17 +124,14 @@ class PrefillScheduler(Generic[T]):
         self._slots.give_back([slot])
 
     def _plan(self, job: Job[T]) -> Planned[T] | None:
-        full, rest = divmod(job.tokens, self._block_tokens)
-        tails = 1 if rest else 0
-        if full > self.blocks.free or tails > self.tails.free or not self._slots.free:
+        slabs = self.pools.try_take(job.tokens, tail_of=job.tokens) if self._slots.free else None
+        if slabs is None:
             return None
-        blocks, tail = self.blocks.take(full), self.tails.take(tails)
-        generations = [*map(self.blocks.generation, blocks), *map(self.tails.generation, tail)]
-        return Planned(job, blocks, tail, self._slots.take(1)[0], generations)
+        return Planned(job, slabs, self._slots.take(1)[0], [self.pools.generation(*slab) for slab in slabs])
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
-        for allocator in (self.blocks, self.tails, self._slots):
-            allocator.check_integrity()
+        self.pools.check_integrity()
+        self._slots.check_integrity()
         if self.queued_tokens != sum(job.tokens for job in self._queue):
             raise AssertionError("queued_tokens does not match the queue")

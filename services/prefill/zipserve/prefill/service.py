@@ -4,6 +4,7 @@ import asyncio
 
 import grpc
 
+from zipserve.common.kv.pools import SlabPools
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.source import KvSource
 from zipserve.common.transport import Transport, TransportFactory
@@ -33,10 +34,8 @@ class PrefillService:
         await device.start()
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_PREFILL, address)
         self.scheduler: PrefillScheduler[Prompt] = PrefillScheduler(
-            blocks=settings.kv_blocks,
-            tails=settings.kv_tails,
+            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.kv_sinks),
             slots=settings.sequences_max,
-            block_tokens=device.layout.block_tokens,
             batch_tokens_max=settings.batch_tokens_max,
             queue_requests_max=settings.queue_requests_max,
             queue_tokens_max=settings.queue_tokens_max,
@@ -73,12 +72,9 @@ class PrefillService:
             queued_requests=self.scheduler.queued_requests,
             queued_tokens=self.scheduler.queued_tokens,
             running_requests=self.worker.running_requests,
-            total_blocks=self.scheduler.blocks.count,
-            free_blocks=self.scheduler.blocks.free,
-            total_tails=self.scheduler.tails.count,
-            free_tails=self.scheduler.tails.free,
             leases=self.source.leases,
             draining=self.worker.draining,
+            **self.scheduler.pools.levels(),
         )
 
     def begin_drain(self) -> None:

@@ -5,13 +5,14 @@ import time
 from dataclasses import dataclass
 
 from zipserve.common import log
-from zipserve.common.errors import DeadlineError, DrainingError, UnavailableError
+from zipserve.common.errors import DeadlineError, DrainingError, KvValueError, UnavailableError, ZipserveError
 from zipserve.common.kv import header, prefix
-from zipserve.common.kv.header import SlabIdentity, SlabKind
+from zipserve.common.kv.header import SlabIdentity
 from zipserve.common.kv.layout import HEADER_BYTES
+from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.sampling import Sampling
-from zipserve.common.transfer.source import Held, KvSource
+from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
 from zipserve.engine.sampling import sample
 from zipserve.engine.sequence import Segment, Sequence
@@ -46,6 +47,10 @@ class Prompt:
 class _Computed:
     token_id: int
     refs: list[kv_pb2.BlockRef]
+
+
+_Outcome = _Computed | ZipserveError
+"""Of one prompt of a batch."""
 
 
 class PrefillWorker:
@@ -100,15 +105,12 @@ class PrefillWorker:
             self._work.set()  # the next one may fit where this one did not
             self._note_idle()
 
-    def free(self, held: Held) -> None:
+    def free(self, slabs: Slabs) -> None:
         """Takes slabs back; poisoned first, so that a late reader notices."""
-        for slab in held.blocks:
-            header.poison(self._device.slab_view(SlabKind.BLOCK, slab))
-        for slab in held.tails:
-            header.poison(self._device.slab_view(SlabKind.TAIL, slab))
-        self._scheduler.blocks.give_back(held.blocks)
-        self._scheduler.tails.give_back(held.tails)
-        self._metrics.free_blocks.set(self._scheduler.blocks.free)
+        for kind, slab in slabs:
+            header.poison(self._device.slab_view(kind, slab))
+        self._scheduler.pools.give_back(slabs)
+        self._metrics.free_blocks.set(self._scheduler.pools.blocks.free)
         self._work.set()
 
     async def drained(self) -> None:
@@ -133,29 +135,31 @@ class PrefillWorker:
         started_s = time.monotonic()
         self.running_requests = len(batch.planned)
         self._metrics.running_requests.set(self.running_requests)
-        computed: list[_Computed] | None = None
         try:
-            computed = await self._device.run(self._compute, batch.planned)
+            outcomes = await self._device.run(self._compute, batch.planned)
         except Exception:  # noqa: BLE001  # one bad step must not end the worker
             _log.exception("batch.failed", requests=[p.job.payload.request_id for p in batch.planned])
+            error = UnavailableError("computing the prompt failed; the worker's log has the details")
+            outcomes = [error for _ in batch.planned]
         compute_s = time.monotonic() - started_s
         self._metrics.step_seconds.observe(compute_s)
         self.running_requests = 0
         self._metrics.running_requests.set(0)
-        for i, planned in enumerate(batch.planned):
+        for planned, outcome in zip(batch.planned, outcomes, strict=True):
             self._scheduler.free_slot(planned.slot)
-            self._finish(planned, computed[i] if computed is not None else None, started_s, compute_s)
+            self._finish(planned, outcome, started_s, compute_s)
 
-    def _finish(self, planned: Planned[Prompt], computed: _Computed | None, started_s: float, compute_s: float) -> None:
+    def _finish(self, planned: Planned[Prompt], outcome: _Outcome, started_s: float, compute_s: float) -> None:
         prompt = planned.job.payload
-        held = Held(planned.blocks, planned.tails)
-        if computed is None or prompt.result.done():
-            self.free(held)
-            _fail(prompt, UnavailableError("computing the prompt failed; the worker's log has the details"))
-            return
-        handle = self._source.issue(computed.refs, len(prompt.token_ids), held)
-        self._metrics.prompt_tokens.inc(len(prompt.token_ids))
-        prompt.result.set_result(Prefilled(computed.token_id, handle, started_s - prompt.submitted_s, compute_s))
+        if isinstance(outcome, ZipserveError):
+            self.free(planned.slabs)
+            _fail(prompt, outcome)
+        elif prompt.result.done():
+            self.free(planned.slabs)
+        else:
+            handle = self._source.issue(outcome.refs, len(prompt.token_ids), planned.slabs)
+            self._metrics.prompt_tokens.inc(len(prompt.token_ids))
+            prompt.result.set_result(Prefilled(outcome.token_id, handle, started_s - prompt.submitted_s, compute_s))
 
     def _note_idle(self) -> None:
         self._metrics.queued_requests.set(self._scheduler.queued_requests)
@@ -164,32 +168,41 @@ class PrefillWorker:
 
     # In the device's thread.
 
-    def _compute(self, batch: list[Planned[Prompt]]) -> list[_Computed]:
-        segments = [Segment(Sequence(p.blocks, p.slot), p.job.payload.token_ids) for p in batch]
-        logits = self._device.engine.forward(segments)
+    def _compute(self, batch: list[Planned[Prompt]]) -> list[_Outcome]:
+        sequences = [Sequence(p.slabs.blocks, p.slot, sinks=next(iter(p.slabs.sinks), -1)) for p in batch]
         prompts = [p.job.payload for p in batch]
-        tokens = sample(logits, [p.sampling for p in prompts], [len(p.token_ids) for p in prompts])
-        return [_Computed(token, self._seal(planned)) for token, planned in zip(tokens, batch, strict=True)]
+        step = self._device.engine.forward(
+            [Segment(sequence, prompt.token_ids) for sequence, prompt in zip(sequences, prompts, strict=True)]
+        )
+        tokens = sample(step.logits, [p.sampling for p in prompts], [len(p.token_ids) for p in prompts])
+        outcomes: list[_Outcome] = []
+        for i, planned in enumerate(batch):
+            try:
+                outcomes.append(step.failed.get(i) or _Computed(tokens[i], self._seal(planned)))
+            except KvValueError as error:
+                outcomes.append(error)
+        return outcomes
 
     def _seal(self, planned: Planned[Prompt]) -> list[kv_pb2.BlockRef]:
         layout, token_ids = self._device.layout, planned.job.payload.token_ids
         hashes = prefix.prefix_hashes(token_ids, layout.block_tokens, layout.fingerprint)
-        slabs = [(SlabKind.BLOCK, slab, layout.block_tokens) for slab in planned.blocks]
-        if planned.tails:
-            rest = len(token_ids) % layout.block_tokens
-            self._device.cache.pack_tail(planned.slot, rest, planned.tails[0])
-            slabs.append((SlabKind.TAIL, planned.tails[0], rest))
+        rest = len(token_ids) % layout.block_tokens
+        if rest:
+            self._device.cache.pack_tail(planned.slot, rest, planned.slabs.tails[0])
         refs = []
-        for i, (kind, slab, tokens) in enumerate(slabs):
+        parts = layout.slabs_of(len(token_ids))
+        for (kind, slab), generation, (_, position, tokens) in zip(
+            planned.slabs, planned.generations, parts, strict=True
+        ):
             identity = SlabIdentity(
                 kind=kind,
                 fingerprint=layout.fingerprint,
                 incarnation=self._device.incarnation,
-                generation=planned.generations[i],
-                start_position=i * layout.block_tokens,
+                generation=generation,
+                start_position=position,
                 tokens=tokens,
-                payload_bytes=layout.payload_bytes(tokens),
-                prefix_hash=hashes[i],
+                payload_bytes=layout.payload_bytes(kind, tokens),
+                prefix_hash=hashes[position // layout.block_tokens],
             )
             checksum = header.seal(self._device.slab_view(kind, slab), identity)
             refs.append(_ref(identity, slab, checksum))

@@ -7,7 +7,6 @@ bytes, prefix hash[:16], zeros, and in the last 8 bytes the checksum over the 12
 import hashlib
 import struct
 from dataclasses import dataclass
-from enum import IntEnum
 
 from zipserve.common.errors import (
     BlockCorruptError,
@@ -16,7 +15,7 @@ from zipserve.common.errors import (
     IncarnationError,
     LayoutMismatchError,
 )
-from zipserve.common.kv.layout import HEADER_BYTES, LAYOUT_VERSION
+from zipserve.common.kv.layout import HEADER_BYTES, LAYOUT_VERSION, SlabKind
 from zipserve.kernels.checksum import Buffer, checksum
 
 MAGIC = b"ZSKV"
@@ -24,13 +23,6 @@ SHORT_HASH_BYTES = 16
 _FIELDS = struct.Struct("<4sHH16sQQIIQ16s")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
-
-
-class SlabKind(IntEnum):
-    """What a slab holds; the numbers are those of zipserve.v1.SlabKind."""
-
-    BLOCK = 1
-    TAIL = 2
 
 
 @dataclass(frozen=True)

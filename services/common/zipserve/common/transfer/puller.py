@@ -23,8 +23,8 @@ from zipserve.common.errors import (
     ZipserveError,
 )
 from zipserve.common.kv import handle as handles
-from zipserve.common.kv.header import SlabIdentity, SlabKind, generation_of, verify
-from zipserve.common.kv.layout import HEADER_BYTES, Layout
+from zipserve.common.kv.header import SlabIdentity, generation_of, verify
+from zipserve.common.kv.layout import HEADER_BYTES, Layout, SlabKind
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView, WorkerRecord
 from zipserve.common.rpc.channel import ChannelPool, Deadline
@@ -178,21 +178,17 @@ class KvPuller:
                 f"the handle has layout {claims.layout_fingerprint.hex()[:16]}, this worker reads "
                 f"{self._layout.fingerprint.hex()[:16]} ({self._layout.description})"
             )
-        position = 0
-        for ref in claims.refs:
-            is_block = ref.kind == kv_pb2.SLAB_KIND_BLOCK
-            if not is_block and ref.kind != kv_pb2.SLAB_KIND_TAIL:
-                raise LayoutMismatchError(f"the slab at position {ref.start_position} is of unknown kind {ref.kind}")
-            tokens = self._layout.block_tokens if is_block else ref.tokens
-            size = HEADER_BYTES + self._layout.payload_bytes(tokens)
-            fits = position % self._layout.block_tokens == 0 and 0 < tokens <= self._layout.block_tokens - (
-                not is_block
+        expected = self._layout.slabs_of(claims.tokens)
+        if not expected or len(expected) != len(claims.refs):
+            raise LayoutMismatchError(
+                f"the handle has {len(claims.refs)} slabs, its {claims.tokens} tokens take {len(expected)}"
             )
-            if not fits or (ref.start_position, ref.tokens, ref.bytes) != (position, tokens, size):
-                raise LayoutMismatchError(f"the slab at position {ref.start_position} does not fit the layout")
-            position += tokens
-        if position != claims.tokens or not position:
-            raise LayoutMismatchError(f"the handle covers {position} tokens and claims {claims.tokens}")
+        for ref, (kind, position, tokens) in zip(claims.refs, expected, strict=True):
+            wanted = (kind.value, position, tokens, self._layout.wire_bytes(kind, tokens))
+            if (ref.kind, ref.start_position, ref.tokens, ref.bytes) != wanted:
+                raise LayoutMismatchError(
+                    f"the slab of kind {ref.kind} at position {ref.start_position} does not fit the layout"
+                )
 
     def _range(self, peer: _Peer, ref: kv_pb2.BlockRef, local_slab: int) -> Range:
         kind = SlabKind(ref.kind)
@@ -246,7 +242,7 @@ class KvPuller:
         with client_errors():
             answer = await stub.Connect(request)
         arenas = {SlabKind(a.kind): _arena(a) for a in answer.arenas if a.kind in _KINDS}
-        if set(arenas) != set(SlabKind):
+        if not set(arenas) >= set(self._arenas):
             raise LayoutMismatchError(f"{worker_id} offers no arena for some kind of slab")
         agent = await self._transport.connect(answer.agent_metadata)
         self._peers[worker_id] = _Peer(incarnation, agent, arenas)

@@ -4,13 +4,13 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from zipserve.common import log
 from zipserve.common.errors import IncarnationError, InvalidRequestError, LayoutMismatchError
 from zipserve.common.kv import handle as handles
 from zipserve.common.kv.layout import Layout
 from zipserve.common.kv.leases import Lease, LeaseTable
+from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.duration import to_duration
@@ -21,21 +21,13 @@ _log = log.get()
 LEASES_PER_CALL_MAX = 4096
 
 
-@dataclass(frozen=True)
-class Held:
-    """Slabs that a lease keeps from being reused."""
-
-    blocks: list[int]
-    tails: list[int]
-
-
 class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
     """Leases of one worker, and the KvTransferService over them. Lives in the event loop.
 
     `on_free` is called with the slabs of every lease that ends, exactly once each; set it before the first `issue`.
     """
 
-    on_free: Callable[[Held], None]
+    on_free: Callable[[Slabs], None]
 
     def __init__(
         self,
@@ -52,7 +44,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
         self._secret = secret
         self._layout = layout
         self._metrics = metrics
-        self._leases: LeaseTable[Held] = LeaseTable(lease_ttl_s)
+        self._leases: LeaseTable[Slabs] = LeaseTable(lease_ttl_s)
         self._none_left = asyncio.Event()
         self._none_left.set()
         self._transport: Transport | None = None
@@ -67,7 +59,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
         """Leases that have not ended."""
         return len(self._leases)
 
-    def issue(self, refs: list[kv_pb2.BlockRef], tokens: int, held: Held) -> kv_pb2.KvHandle:
+    def issue(self, refs: list[kv_pb2.BlockRef], tokens: int, held: Slabs) -> kv_pb2.KvHandle:
         """Starts a lease over sealed slabs and returns the signed handle."""
         lease = self._leases.issue(secrets.token_bytes(handles.LEASE_ID_BYTES), held, time.monotonic())
         self._changed()
@@ -152,7 +144,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
             self._free_lease(lease)
         return was_alive
 
-    def _free_lease(self, lease: Lease[Held]) -> None:
+    def _free_lease(self, lease: Lease[Slabs]) -> None:
         self.on_free(lease.resource)
         self._changed()
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, TypeAlias
 
-from zipserve.common.kv.header import SlabKind
+from zipserve.common.kv.layout import SlabKind
 
 
 @dataclass(frozen=True)

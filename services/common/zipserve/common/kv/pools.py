@@ -1,0 +1,87 @@
+"""All slabs of one worker: how many of each kind a sequence needs, and who holds which. Pure."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from zipserve.common.kv.allocator import SlabAllocator
+from zipserve.common.kv.layout import Layout, SlabKind
+
+
+@dataclass
+class Slabs:
+    """What one sequence holds."""
+
+    sinks: list[int] = field(default_factory=list)
+    """One slab, beside block 0, if the codec has sinks and the sequence a block."""
+    blocks: list[int] = field(default_factory=list)
+    tails: list[int] = field(default_factory=list)
+    """One slab if the sequence does not end at a block's end."""
+
+    def of(self, kind: SlabKind) -> list[int]:
+        """Slabs of a kind; changes to the list change what is held."""
+        return {SlabKind.SINKS: self.sinks, SlabKind.BLOCK: self.blocks, SlabKind.TAIL: self.tails}[kind]
+
+    def __iter__(self) -> Iterator[tuple[SlabKind, int]]:
+        """Kind and number of each slab, in the order in which a handle lists them: sinks, blocks, tail."""
+        for kind in (SlabKind.SINKS, SlabKind.BLOCK, SlabKind.TAIL):
+            for slab in self.of(kind):
+                yield kind, slab
+
+
+class SlabPools:
+    """One allocator for each kind of slab. Not thread-safe: one thread owns it."""
+
+    def __init__(self, layout: Layout, *, blocks: int, tails: int, sinks: int) -> None:
+        self._layout = layout
+        self.blocks = SlabAllocator(blocks)
+        self.tails = SlabAllocator(tails, "tail slabs")
+        self.sinks = SlabAllocator(sinks if layout.has_sinks else 0, "sinks slabs")
+        self._pools = {SlabKind.SINKS: self.sinks, SlabKind.BLOCK: self.blocks, SlabKind.TAIL: self.tails}
+
+    def blocks_for(self, tokens: int) -> int:
+        """Sealed blocks of a sequence of `tokens` tokens."""
+        return tokens // self._layout.block_tokens
+
+    def try_take(self, tokens: int, tail_of: int) -> Slabs | None:
+        """Takes all that a sequence needs to grow to `tokens` tokens, or nothing: None.
+
+        Args:
+            tail_of: its length at the handoff; a tail slab is needed unless that is a block's end.
+        """
+        blocks = self.blocks_for(tokens)
+        needed = {
+            SlabKind.SINKS: int(self._layout.has_sinks and blocks > 0),
+            SlabKind.BLOCK: blocks,
+            SlabKind.TAIL: int(tail_of % self._layout.block_tokens > 0),
+        }
+        if any(count > self._pools[kind].free for kind, count in needed.items()):
+            return None
+        return Slabs(*(self._pools[kind].take(count) for kind, count in needed.items()))
+
+    def generation(self, kind: SlabKind, slab: int) -> int:
+        """Generation of a slab that is held."""
+        return self._pools[kind].generation(slab)
+
+    def give_back(self, slabs: Slabs) -> None:
+        """Frees slabs that are held, and forgets them in `slabs`, so that nothing is freed twice."""
+        for kind, pool in self._pools.items():
+            pool.give_back(slabs.of(kind))
+            slabs.of(kind).clear()
+
+    def give_back_tail(self, slabs: Slabs) -> bool:
+        """Frees the tail slab, once it is unpacked; whether there was one."""
+        had = bool(slabs.tails)
+        self.tails.give_back(slabs.tails)
+        slabs.tails.clear()
+        return had
+
+    def levels(self) -> dict[str, int]:
+        """The fields of zipserve.v1.Load that tell how full the pools are."""
+        named = (("blocks", self.blocks), ("tails", self.tails), ("sinks", self.sinks))
+        totals = {f"total_{name}": pool.count for name, pool in named}
+        return {**totals, **{f"free_{name}": pool.free for name, pool in named}}
+
+    def check_integrity(self) -> None:
+        """Asserts that the books balance."""
+        for pool in self._pools.values():
+            pool.check_integrity()

@@ -1,0 +1,45 @@
+"""Keys and values as they are."""
+
+import torch
+
+from zipserve.common.kv.layout import Layout, SlabKind
+from zipserve.engine.codec.arenas import TORCH_DTYPES, Arenas, views
+from zipserve.engine.codec.interface import Sealed
+from zipserve.kernels.attention import RawFormat
+
+
+class RawCodec:
+    """See zipserve.engine.codec.interface.Codec."""
+
+    needs_scores = False
+
+    def __init__(self, layout: Layout, arenas: Arenas) -> None:
+        self._heads = views(layout, SlabKind.BLOCK, layout.block_tokens, arenas.blocks)["heads"]
+        self._key_elements = layout.block_tokens * layout.key_dim
+        self._form = RawFormat(
+            layout.kv_heads, layout.key_dim, layout.value_dim, layout.block_tokens, TORCH_DTYPES[layout.dtype]
+        )
+        self._sinks = arenas.sinks
+
+    def write_blocks(
+        self,
+        layer: int,
+        slabs: torch.Tensor,
+        sink_slabs: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scores: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        self._heads[slabs, layer] = torch.cat((keys.flatten(2), values.flatten(2)), dim=2)
+        return None
+
+    def read_blocks(
+        self, layer: int, slabs: torch.Tensor, sink_slabs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        heads = self._heads[:, layer].index_select(0, slabs)
+        form = self._form
+        keys = torch.unflatten(heads[..., : self._key_elements], 2, (form.block_tokens, form.key_dim))
+        return keys, torch.unflatten(heads[..., self._key_elements :], 2, (form.block_tokens, form.value_dim))
+
+    def sealed(self, layer: int) -> Sealed | None:
+        return Sealed(self._form, self._heads[:, layer].flatten(1).view(torch.uint8), self._sinks)
