@@ -74,6 +74,7 @@ async def prefill_process(decode: Decode, model: Path, log_path: Path) -> AsyncI
         "REDIS_URL": decode.settings.redis_url,
         "CLUSTER": decode.settings.cluster,
         "SECRET": SECRET,
+        "CODEC": "raw",
         "BLOCK_TOKENS": str(BLOCK),
         "KV_BLOCKS": "24",
         "KV_TAILS": "6",

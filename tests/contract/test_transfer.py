@@ -345,7 +345,7 @@ async def test_a_cancelled_read_does_not_harm_its_neighbours(nixl_agent: Callabl
     source, reader = filled(nixl_agent()), nixl_agent()
     peer = await reader.transport.connect(source.transport.metadata())
 
-    def read(slab: int) -> "asyncio.Task[None]":
+    def read(slab: int) -> "asyncio.Task[int]":
         one = [reader.range_from(source, slab)]
         return asyncio.create_task(reader.transport.read(peer, one, DRAM, b"x", 5.0))
 

@@ -41,8 +41,9 @@ class HookedNixl(NixlTransport):
 
     async def read(
         self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> None:
+    ) -> int:
         self._hooks.reads += 1
         await self._hooks.before()
-        await super().read(peer, ranges, memory_types, notification, timeout_s)
+        moved_bytes = await super().read(peer, ranges, memory_types, notification, timeout_s)
         await self._hooks.after()
+        return moved_bytes

@@ -83,7 +83,7 @@ class MemoryTransport:
 
     async def read(
         self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> None:
+    ) -> int:
         source = self._fabric.agents.get(peer.encode())
         if source is None or peer not in self._connected:
             raise TransferError(f"{peer} is not connected")
@@ -102,6 +102,7 @@ class MemoryTransport:
             raise
         if source._on_notifications is not None:
             source._on_notifications([notification])
+        return sum(one.size_bytes for one in ranges)
 
     async def _copy(self, ranges: list[Range]) -> None:
         faults = self._fabric.faults

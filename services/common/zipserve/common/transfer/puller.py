@@ -145,11 +145,12 @@ class KvPuller:
             deadline.remaining_s()  # when it has passed meanwhile, then that is the reason
             raise
         ranges = [self._range(peer, ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True)]
-        size_bytes = sum(r.size_bytes for r in ranges)
         started_s = time.monotonic()
         types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
         try:
-            await self._transport.read(peer.agent, ranges, types, claims.lease_id, deadline.remaining_s())
+            size_bytes = await self._transport.read(
+                peer.agent, ranges, types, claims.lease_id, deadline.remaining_s()
+            )
         except BaseException:  # also when it is cancelled
             if self._peers.get(claims.worker_id) is peer:
                 del self._peers[claims.worker_id]  # the transport has dropped it; the next pull connects anew

@@ -70,8 +70,10 @@ class Transport(Protocol):
 
     async def read(
         self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> None:
+    ) -> int:
         """Reads all ranges, and notifies the peer when done. `memory_types` are (remote, local).
+
+        Returns the bytes that were moved, as the transport itself has counted them.
 
         When this returns or raises, also by cancellation, nothing writes to the local addresses any more. For that, a
         read that is cancelled or late may go on for a moment.

@@ -35,7 +35,7 @@ class _Read:
     memory_types: tuple[str, str]
     notification: bytes
     deadline_s: float
-    done: "Future[None]" = field(default_factory=Future)
+    done: "Future[int]" = field(default_factory=Future)
     handle: Any = None
 
 
@@ -90,13 +90,13 @@ class NixlTransport:
 
     async def read(
         self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> None:
+    ) -> int:
         self._check_open()
         read = _Read(peer, ranges, memory_types, notification, time.monotonic() + timeout_s)
         self._inbox.put(lambda: self._post(read))
         waiting = asyncio.wrap_future(read.done)
         try:
-            await asyncio.shield(waiting)
+            return await asyncio.shield(waiting)
         except asyncio.CancelledError:
             # the slabs must not be reused while bytes may still arrive: wait until the thread has ended the read
             read.deadline_s = time.monotonic()
@@ -196,12 +196,15 @@ class NixlTransport:
 
     def _finish(self, read: _Read, error: ZipserveError | None) -> None:
         self._reads.remove(read)
+        moved_bytes = 0
         if read.handle is not None:
+            if error is None:
+                moved_bytes = self._agent.get_xfer_telemetry(read.handle).totalBytes
             with suppress(Exception):
                 self._agent.release_xfer_handle(read.handle)
             read.handle = None
         if error is None:
-            read.done.set_result(None)
+            read.done.set_result(moved_bytes)
             return
         self._drop(read.peer)  # closing the connection is what makes sure that nothing arrives any more
         read.done.set_exception(error)
@@ -211,7 +214,7 @@ class NixlTransport:
             self._agent.remove_remote_agent(peer)
 
 
-async def _uncancelled(waiting: "asyncio.Future[None]") -> None:
+async def _uncancelled(waiting: "asyncio.Future[int]") -> None:
     """Awaits although the task is cancelled again and again."""
     while not waiting.done():
         with suppress(asyncio.CancelledError):
@@ -223,7 +226,7 @@ def _open_agent(name: str, arenas: Sequence[ArenaInfo]) -> tuple[Any, list[Any]]
 
     logging.getLogger("nixl").setLevel(logging.WARNING)
     try:
-        agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"]))
+        agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"], capture_telemetry=True))
         registered = [
             agent.register_memory([(a.base_address, a.size_bytes, a.device_id, a.kind.name)], a.memory_type)
             for a in arenas
