@@ -40,6 +40,9 @@ class Metrics:
             "zipserve_kv_leases_expired", "Leases that ended without a release", registry=self.registry
         )
         self.leases = Gauge("zipserve_kv_leases", "Leases that readers hold", registry=self.registry)
+        self.bits_per_value = Gauge(
+            "zipserve_kv_bits_per_value", "All-in bits of a K or V element in a sealed block", registry=self.registry
+        )
         self.free_blocks = Gauge("zipserve_kv_blocks_free", "Slabs of the block arena free", registry=self.registry)
         self.queued_requests = Gauge("zipserve_queued_requests", "Requests waiting", registry=self.registry)
         self.running_requests = Gauge("zipserve_running_requests", "Requests being computed", registry=self.registry)

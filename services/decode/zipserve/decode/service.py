@@ -36,6 +36,7 @@ class DecodeService:
     async def start(self, address: str) -> None:
         settings, device = self._settings, self.device
         await device.start()
+        self.metrics.bits_per_value.set(device.layout.bits_per_value())
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_DECODE, address)
         self._registry = await RegistryView(settings).__aenter__()
         agent = f"{settings.worker_id}-{device.incarnation:016x}"

@@ -32,6 +32,7 @@ class PrefillService:
     async def start(self, address: str) -> None:
         settings, device = self._settings, self.device
         await device.start()
+        self.metrics.bits_per_value.set(device.layout.bits_per_value())
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_PREFILL, address)
         self.scheduler: PrefillScheduler[Prompt] = PrefillScheduler(
             SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.kv_sinks),
