@@ -5,27 +5,70 @@
 #include <string.h>
 
 #define LANES 16
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // of a short loop over vectors: otherwise they live in memory
+
+// How many sums of sixteen lanes a loop can keep in registers, beside its operands.
+#if defined(__AVX512F__)
+#define VECTOR_SUMS 16
+#else
+#define VECTOR_SUMS 4
+#endif
+
+typedef float f32x4 __attribute__((vector_size(16), aligned(4)));
 typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
-typedef _Float16 f16x16 __attribute__((vector_size(32), aligned(2)));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
+typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1)));
 
 static inline f32x16 splat(float x) { return x - (f32x16){0}; }
 static inline f32x16 load16(const float *p) { return *(const f32x16 *)p; }
 static inline void store16(float *p, f32x16 x) { *(f32x16 *)p = x; }
 static inline u32x16 load_words(const void *p) { return *(const u32x16 *)p; }
-static inline f32x16 load_half(const void *p) { return __builtin_convertvector(*(const f16x16 *)p, f32x16); }
+
+static inline f32x16 load_bytes(const uint8_t *p) {
+    const u16x16 wide = __builtin_convertvector(*(const u8x16 *)p, u16x16);  // in two steps, which compilers know
+    return __builtin_convertvector((i32x16)__builtin_convertvector(wide, u32x16), f32x16);
+}
+
+// The first n lanes; the others are 0 and not read.
+static inline f32x16 load_part(const float *p, int n) {
+    float lanes[LANES] = {0};
+    memcpy(lanes, p, n * sizeof(float));
+    return load16(lanes);
+}
+
+// float16, by integers: compilers convert _Float16 lane by lane. 2^112 makes up for the exponents' biases.
+static inline f32x16 load_half(const void *p) {
+    const u32x16 bits = __builtin_convertvector(*(const u16x16 *)p, u32x16);
+    const u32x16 magnitude = bits & 0x7fff;
+    const u32x16 special = (u32x16)((i32x16)(0x7bff - magnitude) >> 31) & 0x7f800000;  // infinity or NaN
+    const f32x16 finite = (f32x16)(magnitude << 13) * splat(0x1p112f);
+    return (f32x16)((u32x16)finite | special | (bits & 0x8000) << 16);
+}
 
 static inline f32x16 select16(i32x16 mask, f32x16 yes, f32x16 no) {
     return (f32x16)((mask & (i32x16)yes) | (~mask & (i32x16)no));
 }
 
-static inline f32x16 max16(f32x16 a, f32x16 b) { return select16(a > b, a, b); }
+// a < b. Vectors wider than the CPU's are compared lane by lane, so there the difference's sign decides, which says the
+// same except about NaN.
+static inline i32x16 less16(f32x16 a, f32x16 b) {
+#ifdef __AVX512F__
+    return a < b;
+#else
+    return (i32x16)(a - b) >> 31;
+#endif
+}
+
+static inline f32x16 max16(f32x16 a, f32x16 b) { return select16(less16(b, a), a, b); }
 
 static inline float sum_lanes(f32x16 x) {
-    float s = 0;
-    for (int i = 0; i < LANES; i++) s += x[i];
-    return s;
+    f32x4 part[4];
+    memcpy(part, &x, sizeof part);
+    const f32x4 s = (part[0] + part[1]) + (part[2] + part[3]);
+    return (s[0] + s[1]) + (s[2] + s[3]);
 }
 
 static inline float max_lanes(f32x16 x) {
@@ -34,11 +77,25 @@ static inline float max_lanes(f32x16 x) {
     return m;
 }
 
+// Sum of the lanes of each of four vectors.
+ALWAYS_INLINE f32x4 sum_lanes4(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
+    f32x16 of[4] = {a, b, c, d};
+    f32x4 q[4];
+    UNROLL for (int i = 0; i < 4; i++) {
+        f32x4 part[4];
+        memcpy(part, &of[i], sizeof part);
+        q[i] = (part[0] + part[1]) + (part[2] + part[3]);
+    }
+    const f32x4 ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
+    const f32x4 cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
 // e^x, relative error 2e-7; 0 below -87, also for -infinity. Reduction to |r| <= ln 2 / 2, then a Taylor polynomial.
 static inline f32x16 exp16(f32x16 x) {
-    const i32x16 tiny = x < splat(-87.0f);
+    const i32x16 tiny = less16(x, splat(-87.0f));
     x = select16(tiny, splat(-87.0f), x);
-    x = select16(x > splat(88.0f), splat(88.0f), x);
+    x = select16(less16(splat(88.0f), x), splat(88.0f), x);
     const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
     const f32x16 n = (x * splat(1.44269504f) + magic) - magic;
     const f32x16 r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
@@ -52,6 +109,19 @@ static inline f32x16 exp16(f32x16 x) {
     p = p * r + splat(1.0f);
     const i32x16 power = (__builtin_convertvector(n, i32x16) + 127) << 23;
     return select16(tiny, splat(0.0f), p * (f32x16)power);
+}
+
+// tanh x, relative error 3e-7. Near 0 by a polynomial, for 1 - 2 / (e^2x + 1) cancels there.
+static inline f32x16 tanh16(f32x16 x) {
+    const f32x16 square = x * x;
+    f32x16 p = splat(-5.70498872745e-3f);
+    p = p * square + splat(2.06390887954e-2f);
+    p = p * square + splat(-5.37397155531e-2f);
+    p = p * square + splat(1.33314422036e-1f);
+    p = p * square + splat(-3.33332819422e-1f);
+    const f32x16 near = x + x * square * p;
+    const f32x16 far = splat(1.0f) - splat(2.0f) / (exp16(x + x) + splat(1.0f));
+    return select16(less16(square, splat(0.625f * 0.625f)), near, far);
 }
 
 // x R or, with `inverse`, x R^T, in place; see rotation.py. `signs` holds dim floats of +-1.
