@@ -38,7 +38,7 @@ def load() -> ctypes.CDLL | None:
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*/*.c"))
     key = hashlib.sha256(" ".join((*FLAGS, compiler, _cpu())).encode())
-    for part in [*sources, *sorted(folder.glob("*.h"))]:
+    for part in [*sources, *sorted(folder.glob("**/*.h"))]:
         key.update(part.read_bytes())
     library = cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
     if not library.exists():

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from zipserve.kernels import native
+from zipserve.kernels.attention.cpu import decode_attention_cpu
 from zipserve.kernels.attention.reference import decode_attention_reference
 from zipserve.kernels.zipformat import ZipFormat
 
@@ -90,7 +92,8 @@ def decode_attention(
         float32 [rows, heads, value_dim]; and float32 [rows, block_tokens]: the weight of each token of the open block,
         mean over heads, 0 behind its last token. None without `with_weights`.
     """
-    return decode_attention_reference(
-        query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
-        with_weights=with_weights,
-    )  # fmt: skip
+    options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "with_weights": with_weights}
+    library = native.load() if query.device.type == "cpu" else None
+    if library is not None:
+        return decode_attention_cpu(library, query, sealed, open_blocks, first, **options)
+    return decode_attention_reference(query, sealed, open_blocks, first, **options)

@@ -7,6 +7,8 @@ of rows that can see it, estimated from a few rows. Here the rows are fixed ones
 
 import torch
 
+from zipserve.kernels import native
+from zipserve.kernels.saliency.cpu import probe_scores_cpu
 from zipserve.kernels.saliency.reference import probe_scores_reference
 from zipserve.kernels.zipformat import SINK_TOKENS, ZipFormat, probe_counts
 
@@ -44,7 +46,11 @@ def probe_scores(
         float32 [b, block_tokens]: for each token of each block the sum over the block's rows of the weight, mean over
         heads; 0 where no row sees it.
     """
-    return probe_scores_reference(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
+    arguments = (query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
+    library = native.load() if query.device.type == "cpu" else None
+    if library is not None:
+        return probe_scores_cpu(library, *arguments)
+    return probe_scores_reference(*arguments)
 
 
 def classify(scores: torch.Tensor, form: ZipFormat, at_start: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,195 @@
+// Decode attention: splits all rows into items, attends over each, and merges them.
+//
+// An item is a span of a row's sealed blocks, or its open block. Spans have a fixed length, so that results do not
+// depend on the number of threads.
+#include "attention.h"
+#include <omp.h>
+#include <stdlib.h>
+
+#define SPAN_TOKENS 1024
+#define LOWEST -1e30f  // below every logit, yet no infinity, so that differences are numbers
+
+// Sealed blocks [begin, end) of a row; or its open block, where they are none.
+typedef struct {
+    int32_t row, begin, end;
+} Item;
+
+typedef struct {
+    const Attention *a;
+    int key_stride, value_stride, slots;  // floats of a query and of a sum; slots of a block, padded
+    int tiles;                            // of a KV head
+    int64_t *row_items;                   // [rows + 1]: first item of each row, which is its open block
+    Item *items;
+    float *queries, *rotated;  // [rows, heads, key_stride]: see Tile
+    float *maxima, *totals;    // [items, heads]
+    float *sums;               // [items, heads, value_stride]
+    float *open_weights;       // [rows, heads, slots]: relative to the open block's maximum
+    float *open_shares;        // [rows, heads]: what makes them parts of the whole
+    float *scratch;            // [threads, scratch_size]
+    int64_t scratch_size;
+} Plan;
+
+static int span_blocks(const Form *form) { return MAX(1, SPAN_TOKENS / form->block_tokens); }
+
+// Sealed blocks of a row that lie wholly below its first visible position.
+static int hidden_blocks(const Attention *a, int row) {
+    return MIN(MAX(a->first[row] - a->starts[row], 0) / a->form->block_tokens, a->counts[row]);
+}
+
+static int64_t count_items(const Attention *a) {
+    const int span = span_blocks(a->form);
+    int64_t count = a->rows;
+    for (int row = 0; row < a->rows; row++) count += (a->counts[row] - hidden_blocks(a, row) + span - 1) / span;
+    return count;
+}
+
+static void list_items(const Plan *plan) {
+    const Attention *a = plan->a;
+    const int span = span_blocks(a->form);
+    Item *item = plan->items;
+    for (int row = 0; row < a->rows; row++) {
+        plan->row_items[row] = item - plan->items;
+        *item++ = (Item){row, 0, 0};
+        for (int block = hidden_blocks(a, row); block < a->counts[row]; block += span)
+            *item++ = (Item){row, block, MIN(block + span, a->counts[row])};
+    }
+    plan->row_items[a->rows] = item - plan->items;
+}
+
+static void *carve(int64_t *size, void *memory, int64_t bytes) {
+    void *found = (char *)memory + *size;
+    *size += (bytes + 63) / 64 * 64;
+    return found;
+}
+
+// Lays the plan out in `memory`, and returns the bytes that it takes there.
+static int64_t lay_out(Plan *plan, char *memory, int64_t items) {
+    const Attention *a = plan->a;
+    const int64_t heads = a->heads, queries = a->rows * heads, number = sizeof(float);
+    const int block_tokens = a->form->block_tokens, wide = MAX(plan->key_stride, plan->value_stride);
+    int64_t size = 0;
+    plan->row_items = carve(&size, memory, (a->rows + 1) * sizeof *plan->row_items);
+    plan->items = carve(&size, memory, items * sizeof *plan->items);
+    plan->queries = carve(&size, memory, queries * plan->key_stride * number);
+    plan->rotated = carve(&size, memory, queries * plan->key_stride * number);
+    plan->maxima = carve(&size, memory, items * heads * number);
+    plan->totals = carve(&size, memory, items * heads * number);
+    plan->sums = carve(&size, memory, items * heads * plan->value_stride * number);
+    plan->open_weights = carve(&size, memory, a->weights ? queries * plan->slots * number : 0);
+    plan->open_shares = carve(&size, memory, queries * number);
+    plan->scratch_size = TILE_HEADS * (plan->slots + plan->key_stride) + (int64_t)block_tokens * wide;
+    plan->scratch = carve(&size, memory, a->threads * plan->scratch_size * number);
+    return size;
+}
+
+static void prepare_query(const Plan *plan, int64_t index) {
+    const Attention *a = plan->a;
+    const int dim = a->form->key_dim;
+    float *query = plan->queries + index * plan->key_stride, *rotated = plan->rotated + index * plan->key_stride;
+    for (int c = 0; c < plan->key_stride; c++) query[c] = c < dim ? a->query[index * dim + c] * a->scale : 0;
+    if (!a->form->is_zip) return;
+    memcpy(rotated, query, dim * sizeof *query);
+    rotate_row(rotated, a->key_signs, dim, 0);
+}
+
+static void attend(const Plan *plan, int64_t index, float *scratch) {
+    const Attention *a = plan->a;
+    const int kv_heads = a->form->kv_heads, group = a->heads / kv_heads;
+    const int part = index % plan->tiles, kv_head = index / plan->tiles % kv_heads;
+    const int64_t at = index / plan->tiles / kv_heads;
+    const Item item = plan->items[at];
+    const int begin = part * group / plan->tiles, head = kv_head * group + begin;
+    const int64_t query = (int64_t)item.row * a->heads + head, result = at * a->heads + head;
+    const int is_open = item.begin == item.end;
+    Tile tile = {
+        .row = item.row,
+        .kv_head = kv_head,
+        .heads = (part + 1) * group / plan->tiles - begin,
+        .queries = plan->queries + query * plan->key_stride,
+        .rotated = plan->rotated + query * plan->key_stride,
+        .maxima = plan->maxima + result,
+        .totals = plan->totals + result,
+        .sums = plan->sums + result * plan->value_stride,
+        .logits = is_open && a->weights ? plan->open_weights + query * plan->slots : scratch,
+        .stride = plan->slots,
+        .folded = scratch + TILE_HEADS * plan->slots,
+        .wide = scratch + TILE_HEADS * (plan->slots + plan->key_stride),
+    };
+    for (int h = 0; h < tile.heads; h++) {
+        tile.maxima[h] = LOWEST;
+        tile.totals[h] = 0;
+    }
+    memset(tile.sums, 0, tile.heads * plan->value_stride * sizeof *tile.sums);
+    if (is_open) zs_attend_open(a, &tile);
+    for (int block = item.begin; block < item.end; block++) zs_attend_sealed(a, &tile, block, block + 1 == item.end);
+}
+
+// Adds an item's values and total, which are relative to its own maximum, to those relative to `maximum`.
+static void add_item(const Plan *plan, int64_t result, float maximum, float *total, float *values) {
+    const float share = expf(plan->maxima[result] - maximum);
+    const float *sums = plan->sums + result * plan->value_stride;
+    *total += share * plan->totals[result];
+    for (int c = 0; c < plan->value_stride; c++) values[c] += share * sums[c];
+}
+
+// Sealed values of the zip format are rotated; those of the open block are not.
+static void merge(const Plan *plan, int64_t index) {
+    const Attention *a = plan->a;
+    const int row = index / a->heads, head = index % a->heads, dim = a->form->value_dim;
+    const int64_t open = plan->row_items[row], end = plan->row_items[row + 1];
+    float maximum = a->sink_logits ? a->sink_logits[head] : LOWEST;
+    for (int64_t item = open; item < end; item++) maximum = MAX(maximum, plan->maxima[item * a->heads + head]);
+    float total = a->sink_logits ? expf(a->sink_logits[head] - maximum) : 0;
+    float values[plan->value_stride];
+    memset(values, 0, sizeof values);
+    for (int64_t item = open + 1; item < end; item++) add_item(plan, item * a->heads + head, maximum, &total, values);
+    if (a->form->is_zip && end > open + 1) rotate_row(values, a->value_signs, dim, 1);
+    add_item(plan, open * a->heads + head, maximum, &total, values);
+    for (int c = 0; c < dim; c++) a->output[index * dim + c] = values[c] / total;
+    plan->open_shares[index] = expf(plan->maxima[open * a->heads + head] - maximum) / total;
+}
+
+// Mean over heads of the open block's weights.
+static void average(const Plan *plan, int row) {
+    const Attention *a = plan->a;
+    float *weights = a->weights + (int64_t)row * a->form->block_tokens;
+    memset(weights, 0, a->form->block_tokens * sizeof *weights);
+    for (int64_t index = (int64_t)row * a->heads; index < (int64_t)(row + 1) * a->heads; index++) {
+        const float share = plan->open_shares[index] / a->heads;
+        for (int t = 0; t < a->open_counts[row]; t++) weights[t] += share * plan->open_weights[index * plan->slots + t];
+    }
+}
+
+// Returns 0, or 1 where there is no memory.
+int zs_attention(const Attention *a) {
+    const int group = a->heads / a->form->kv_heads;
+    Plan plan = {
+        .a = a,
+        .key_stride = PADDED(a->form->key_dim),
+        .value_stride = PADDED(a->form->value_dim),
+        .slots = PADDED(a->form->block_tokens),
+        .tiles = (group + TILE_HEADS - 1) / TILE_HEADS,
+    };
+    const int64_t items = count_items(a), queries = (int64_t)a->rows * a->heads;
+    char *memory = aligned_alloc(64, lay_out(&plan, NULL, items));
+    if (!memory) return 1;
+    lay_out(&plan, memory, items);
+    list_items(&plan);
+#pragma omp parallel num_threads(a->threads)
+    {
+        float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < queries; index++) prepare_query(&plan, index);
+#pragma omp for schedule(dynamic)
+        for (int64_t index = 0; index < items * a->form->kv_heads * plan.tiles; index++)
+            attend(&plan, index, scratch);
+#pragma omp for schedule(static)
+        for (int64_t index = 0; index < queries; index++) merge(&plan, index);
+        if (a->weights) {
+#pragma omp for schedule(static)
+            for (int row = 0; row < a->rows; row++) average(&plan, row);
+        }
+    }
+    free(memory);
+    return 0;
+}

@@ -1,0 +1,140 @@
+// Blocks of the zip format (zipformat.py), multiplied as they are.
+//
+// Keys:   logit_j = q.lo + sum_c q_c width_c (code_jc + 1/2) / 2^b
+// Values: out_c = sum_j p_j scale_j step (code_jc - 2^(b-1) + 1/2)
+// Both are one product of factors and codes, since words hold the contracted index and the columns (tokens of keys,
+// channels of values) are contiguous. The constants are summed once.
+#include "attention.h"
+
+// Of an exponent e: 2^((e - 160) / 8).
+static float scales[256];
+
+__attribute__((constructor)) static void fill_scales(void) {
+    for (int e = 0; e < 256; e++) scales[e] = exp2f((e - 160) / 8.0f);
+}
+
+// Element k of words; of 3 bits `lower` holds the lowest bit, and `upper` the others.
+ALWAYS_INLINE f32x16 code_at(u32x16 upper, u32x16 lower, const int bits, const int k) {
+    u32x16 code;
+    if (bits == 3)
+        code = ((k ? upper >> (2 * k - 1) : upper << 1) & 6) | ((lower >> k) & 1);
+    else
+        code = (upper >> (bits * k)) & ((1 << bits) - 1);
+    return __builtin_convertvector((i32x16)code, f32x16);
+}
+
+// sums[h][column] += sum over i of factors[h][i] * code[i][column], for `vectors` * LANES columns.
+ALWAYS_INLINE void multiply_columns(const uint32_t *upper_row, const uint32_t *lower_row, int contracted, int columns,
+                                    const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride,
+                                    const int bits, const int heads, const int vectors) {
+    const int per_word = bits == 4 ? 8 : 16;
+    f32x16 acc[TILE_HEADS][4];
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < vectors; v++) acc[h][v] = load16(sums + h * sum_stride + LANES * v);
+    for (int i = 0; i < contracted; i += per_word) {
+        u32x16 upper[4], lower[4];
+        UNROLL for (int v = 0; v < vectors; v++) {
+            upper[v] = load_words(upper_row + LANES * v);
+            if (bits == 3) lower[v] = load_words(lower_row + LANES * v) >> (i % 32);
+        }
+        UNROLL for (int k = 0; k < per_word; k++) {
+            f32x16 code[4];
+            UNROLL for (int v = 0; v < vectors; v++) code[v] = code_at(upper[v], lower[v], bits, k);
+            UNROLL for (int h = 0; h < heads; h++)
+                UNROLL for (int v = 0; v < vectors; v++) acc[h][v] += code[v] * factors[h * factor_stride + i + k];
+        }
+        upper_row += columns;
+        if (i % 32) lower_row += columns;  // a word of the plane of one bit lasts for two of the other
+    }
+    UNROLL for (int h = 0; h < heads; h++)
+        UNROLL for (int v = 0; v < vectors; v++) store16(sums + h * sum_stride + LANES * v, acc[h][v]);
+}
+
+ALWAYS_INLINE void multiply_tile(const Region *region, const uint8_t *segment, int contracted, int columns,
+                                 const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride,
+                                 const int bits, const int heads) {
+    const uint32_t *upper = (const uint32_t *)(segment + region->planes[0]);
+    const uint32_t *lower = (const uint32_t *)(segment + region->planes[1]);
+    const int vectors = TILE_VECTORS(heads);
+    int c = 0;
+    for (; c + vectors * LANES <= columns; c += vectors * LANES)
+        multiply_columns(upper + c, lower + c, contracted, columns, factors, factor_stride, sums + c, sum_stride, bits,
+                         heads, vectors);
+    for (; c < columns; c += LANES)
+        multiply_columns(upper + c, lower + c, contracted, columns, factors, factor_stride, sums + c, sum_stride, bits,
+                         heads, 1);
+}
+
+// Also begins to fetch the same region of the next segment: a quarter of it at a time, since the CPU does not keep more
+// loads than that under way.
+static void multiply(const Region *region, const uint8_t *segment, const uint8_t *next, int contracted, int columns,
+                     const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride, int heads) {
+    if (next)
+        for (int64_t at = 0; at < (int64_t)contracted * columns * region->bits / 8; at += 64)
+            __builtin_prefetch(next + region->planes[0] + at);
+#define CASE(bits, heads)                                                                                         \
+    case 8 * bits + heads:                                                                                        \
+        return multiply_tile(region, segment, contracted, columns, factors, factor_stride, sums, sum_stride, bits, \
+                             heads);
+    switch (8 * region->bits + heads) {
+        CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4)
+        CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4)
+        CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4)
+    }
+#undef CASE
+}
+
+void zs_zip_logits(const Form *form, const uint8_t *segment, const Tile *tile) {
+    const int dim = form->key_dim, heads = tile->heads;
+    float bias[TILE_HEADS], half[TILE_HEADS];
+    f32x16 of_lo[TILE_HEADS] = {{0}}, of_width[TILE_HEADS] = {{0}};
+    for (int c = 0; c < dim; c += LANES) {
+        const f32x16 lo = load_half(segment + 2 * c), width = load_half(segment + form->width_offset + 2 * c);
+        for (int h = 0; h < heads; h++) {
+            const f32x16 q = load16(tile->rotated + h * dim + c), product = q * width;
+            store16(tile->folded + h * dim + c, product);
+            of_width[h] += product;
+            of_lo[h] += q * lo;
+        }
+    }
+    for (int h = 0; h < heads; h++) {
+        bias[h] = sum_lanes(of_lo[h]);
+        half[h] = sum_lanes(of_width[h]) / 2;
+    }
+    float *logits = tile->logits;
+    for (const Region *region = form->keys; region < form->keys + 2; logits += region->tokens, region++) {
+        for (int h = 0; h < heads; h++) memset(logits + h * tile->stride, 0, region->tokens * sizeof(float));
+        multiply(region, segment, tile->next, dim, region->tokens, tile->folded, dim, logits, tile->stride, heads);
+        const float cell = 1.0f / (1 << region->bits);
+        for (int h = 0; h < heads; h++)
+            for (float *x = logits + h * tile->stride; x < logits + h * tile->stride + region->tokens; x += LANES)
+                store16(x, load16(x) * cell + (bias[h] + half[h] * cell));
+    }
+}
+
+void zs_zip_values(const Form *form, const uint8_t *segment, const Tile *tile) {
+    const int dim = form->value_dim, heads = tile->heads;
+    const uint8_t *exponents = segment + form->exponent_offset;
+    float *weights = tile->logits, *of_slots = tile->wide;
+    for (int slot = 0; slot < form->block_tokens; slot++) of_slots[slot] = scales[exponents[slot]];
+    for (const Region *region = form->values; region < form->values + 2; region++) {
+        f32x16 total[TILE_HEADS] = {{0}};
+        for (int slot = 0; slot < region->tokens; slot += LANES) {
+            const f32x16 scale = load16(of_slots + slot) * region->step;
+            for (int h = 0; h < heads; h++) {
+                const f32x16 factor = load16(weights + h * tile->stride + slot) * scale;
+                store16(weights + h * tile->stride + slot, factor);
+                total[h] += factor;
+            }
+        }
+        const float centre = 0.5f - (1 << (region->bits - 1));
+        for (int h = 0; h < heads; h++) {
+            const float constant = centre * sum_lanes(total[h]);
+            for (float *x = tile->sums + h * dim; x < tile->sums + (h + 1) * dim; x += LANES)
+                store16(x, load16(x) + constant);
+        }
+        multiply(region, segment, tile->next, region->tokens, dim, weights, tile->stride, tile->sums, dim, heads);
+        weights += region->tokens;
+        of_slots += region->tokens;
+    }
+}
