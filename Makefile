@@ -23,7 +23,6 @@ PROTOS := $(wildcard protos/zipserve/v1/*.proto)
 SOURCES := $(wildcard protos kernels services tests benchmarks hatch_build.py)
 CHARTS := $(patsubst %/Chart.yaml,%,$(wildcard charts/*/Chart.yaml))
 DOCKERFILES := $(wildcard services/*/Dockerfile)
-BENCHMARKS := $(filter-out _%,$(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)))
 
 .PHONY: help install run test check fmt protos bench images clean
 
@@ -59,8 +58,8 @@ protos: .venv/.stamp-packages ## generate the protos' Python code, where it is o
 	$(BIN)/python hatch_build.py
 	@touch .venv/.stamp-protos
 
-bench: ## list the benchmarks
-	@echo "Benchmarks: $(or $(BENCHMARKS),none yet)"
+bench: install ## list the benchmarks, or run one (ARGS="quality --quick")
+	$(BIN)/zipserve bench $(ARGS)
 
 images: ## build the image of every service
 	@for file in $(DOCKERFILES); do \

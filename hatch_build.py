@@ -17,6 +17,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 PROTO_ROOT = "protos"
 PROTO_PACKAGE = "zipserve/v1"
+BENCHMARK_TEXTS = "benchmarks/data"
 SUFFIXES = ("_pb2.py", "_pb2.pyi", "_pb2_grpc.py", "_pb2_grpc.pyi")
 
 
@@ -77,6 +78,9 @@ class ProtoBuildHook(BuildHookInterface[Any]):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         generate(Path(self.root))
+        # Images are built without the benchmarks, and an editable install reads the texts where they lie.
+        if version != "editable" and (Path(self.root) / BENCHMARK_TEXTS).is_dir():
+            build_data["force_include"][BENCHMARK_TEXTS] = "zipserve/bench/data"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ PYPROJECT: dict[str, Any] = tomllib.loads((REPOSITORY / "pyproject.toml").read_t
 PROTOS = REPOSITORY / "protos/zipserve/v1"
 NAMESPACE_FOLDERS = sorted(
     folder
-    for pattern in ("protos/zipserve", "kernels/zipserve", "services/*/zipserve")
+    for pattern in ("protos/zipserve", "kernels/zipserve", "services/*/zipserve", "benchmarks/zipserve")
     for folder in REPOSITORY.glob(pattern)
 )
 ROOTS = sorted(str(folder.parent.relative_to(REPOSITORY)) for folder in NAMESPACE_FOLDERS)
@@ -90,5 +90,6 @@ def test_wheel_contains_every_portion(tmp_path: Path) -> None:
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
-    assert packed == expected
+    texts = {f"zipserve/bench/data/{path.name}" for path in (REPOSITORY / "benchmarks/data").iterdir()}
+    assert packed == expected | texts
     assert {f"zipserve/v1/{proto.stem}_pb2.py" for proto in PROTOS.glob("*.proto")} <= packed

@@ -20,6 +20,9 @@ def build() -> argparse.ArgumentParser:
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
     _add_generation(generate)
     _add_generation(commands.add_parser("chat", help="talk with the model"))
+    bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
+    bench.add_argument("name", nargs="?", metavar="NAME", help="which one")
+    bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its own options; try NAME --help")
     commands.add_parser("version", help="show the versions of zipserve and of what it runs on")
     return parser
 

@@ -1,0 +1,38 @@
+"""`python -m zipserve.bench NAME …`, also `zipserve bench NAME …`; without a name, lists the benchmarks."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from zipserve.common.errors import ZipserveError
+
+BENCHMARKS = {
+    "quality": "what each KV codec costs: KL, perplexity, agreement, retrieval, and bits",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one benchmark.
+
+    Returns:
+        The exit status: 0 if all bars are met, 1 if not, 2 if it could not run.
+    """
+    name, *rest = (sys.argv[1:] if arguments is None else arguments) or [""]
+    if name in ("", "-h", "--help"):
+        print("usage: zipserve bench NAME [--quick] [--json] [options of its own]\n\nbenchmarks:")
+        print("\n".join(f"  {known:<12}{what}" for known, what in BENCHMARKS.items()))
+        return 0
+    if name not in BENCHMARKS:
+        sys.stderr.write(f"zipserve bench: no benchmark {name!r}; there are: {', '.join(BENCHMARKS)}\n")
+        return 2
+    command = importlib.import_module(f"zipserve.bench.{name}.command")
+    try:
+        status: int = command.run(command.parser().parse_args(rest))
+    except ZipserveError as error:
+        sys.stderr.write(f"zipserve bench {name}: {error.message}\n")
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
