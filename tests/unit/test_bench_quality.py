@@ -49,12 +49,10 @@ def test_codecs_do_not_disturb_each_other(model: LoadedModel) -> None:
 
 
 def test_generation_beyond_a_block(model: LoadedModel) -> None:
-    """What is generated fills and seals a block of its own; the exact KV of scored tokens must not be left in it."""
+    """What is generated fills and seals a block of its own."""
     batch = a_batch(model, ["zip-4/4"], windows=1, greedy_tokens=140)
     (found,) = batch.scores("zip-4/4")
     assert 0 < found.greedy <= 1
-    assert known(batch.scores("zip-4/4")) == known([found])
-    assert batch.scores("raw")[0].greedy == 1.0
 
 
 def test_a_codec_that_refuses_is_named(model: LoadedModel) -> None:

@@ -29,13 +29,13 @@ class Fan:
             layout = model.layout(codec=name, block_tokens=cache.layout.block_tokens)
             arenas = Arenas.allocate(layout, blocks=cache.blocks, tails=0, sinks=sinks, device=cache.device)
             self._codecs[name] = codec_for(layout, arenas)
-        self.selected: str | None = None
-        """The codec that writes and reads; None: all write, and nothing can be read."""
+        self.select(None)
 
-    @property
-    def needs_scores(self) -> bool:
-        """See Codec."""
-        return any(codec.needs_scores for codec in self._writers().values())
+    def select(self, name: str | None) -> None:
+        """Which codec writes and reads from now on; None: all write, and nothing can be read."""
+        self._reader = None if name is None else self._codecs[name]
+        self._writers = self._codecs if name is None else {name: self._codecs[name]}
+        self.needs_scores = any(codec.needs_scores for codec in self._writers.values())
 
     def write_blocks(
         self,
@@ -51,7 +51,7 @@ class Fan:
         Raises:
             KvValueError: a codec refuses a block; the message names the codec.
         """
-        for name, codec in self._writers().items():
+        for name, codec in self._writers.items():
             status = codec.write_blocks(layer, slabs, sink_slabs, keys, values, scores)
             if status is not None and status.any():
                 reason = REFUSALS[int(status[status != 0][0])]
@@ -62,16 +62,10 @@ class Fan:
         self, layer: int, slabs: torch.Tensor, sink_slabs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """See Codec."""
-        return self._reader().read_blocks(layer, slabs, sink_slabs)
+        assert self._reader is not None, "no codec is selected that could answer"
+        return self._reader.read_blocks(layer, slabs, sink_slabs)
 
     def sealed(self, layer: int) -> Sealed | None:
         """See Codec."""
-        return self._reader().sealed(layer)
-
-    def _writers(self) -> dict[str, Codec]:
-        return self._codecs if self.selected is None else {self.selected: self._codecs[self.selected]}
-
-    def _reader(self) -> Codec:
-        if self.selected is None:
-            raise RuntimeError("no codec is selected that could answer")
-        return self._codecs[self.selected]
+        assert self._reader is not None, "no codec is selected that could answer"
+        return self._reader.sealed(layer)

@@ -64,7 +64,7 @@ class Batch:
 
     def _prefill(self, window: Window, sequence: Sequence) -> Exact:
         """One pass over context and scored tokens without any cache: exact logits, and every codec's blocks."""
-        self._fan.selected = None
+        self._fan.select(None)
         logits = self._engine.logits_of(Segment(sequence, window.token_ids[:-1]))
         self._first.append(int(logits[window.context_tokens - 1].argmax()))
         return Exact.of(logits[window.context_tokens :], window.targets, window.answers)
@@ -86,7 +86,7 @@ class Batch:
 
     def _rewind(self, codec: str) -> None:
         """Back to the ends of the contexts, coded by `codec`."""
-        self._fan.selected = codec
+        self._fan.select(codec)
         for window, sequence in zip(self._windows, self._sequences, strict=True):
             sequence.length = window.context_tokens
 
