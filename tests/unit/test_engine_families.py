@@ -8,27 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
+from tiny_families import tiny
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
 from zipserve.engine.loader import wrap
 from zipserve.engine.sequence import Segment, Sequence
 
 NEW_TOKENS = 12
-COMMON = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 LATENT = {
@@ -62,16 +49,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4, chunks": ("llama4_text", {**EXPERTS, "attention_chunk_size": 6, "intermediate_size_mlp": 96}),
     "deepseek_v3, values narrower than keys": ("deepseek_v3", {**EXPERTS, **LATENT}),
 }
-
-
-def tiny(family: str, **settings: Any) -> Any:
-    torch.manual_seed(0)
-    families: Any = AutoModelForCausalLM
-    module = families.from_config(AutoConfig.for_model(family, **{**COMMON, **settings}))
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(3)
-    return module.eval()
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
