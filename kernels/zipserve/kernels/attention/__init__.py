@@ -4,16 +4,19 @@ Nothing is dequantized: the key channels' widths are folded into the query once 
 softmax weights, and codes are multiplied as they are. Grouped-query, windows, softcap and sink logits included.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
-from zipserve.kernels import native
-from zipserve.kernels.attention.cpu import decode_attention_cpu
+from zipserve.kernels.attention.cpu import decode_attention_cpu, runs_on_cpu
 from zipserve.kernels.attention.reference import decode_attention_reference
 from zipserve.kernels.zipformat import ZipFormat
 
 __all__ = ["OpenBlocks", "RawFormat", "SealedBlocks", "decode_attention", "decode_attention_reference"]
+
+Attend: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,8 @@ def decode_attention(
         float32 [rows, heads, value_dim]; and float32 [rows, block_tokens]: the weight of each token of the open block,
         mean over heads, 0 behind its last token. None without `with_weights`.
     """
-    options = {"scale": scale, "softcap": softcap, "sink_logits": sink_logits, "with_weights": with_weights}
-    library = native.load() if query.device.type == "cpu" else None
-    if library is not None:
-        return decode_attention_cpu(library, query, sealed, open_blocks, first, **options)
-    return decode_attention_reference(query, sealed, open_blocks, first, **options)
+    attend: Attend = decode_attention_cpu if runs_on_cpu(query, sealed, open_blocks) else decode_attention_reference
+    return attend(
+        query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        with_weights=with_weights,
+    )  # fmt: skip

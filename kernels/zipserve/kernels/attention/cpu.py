@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zipserve.kernels import rotation
+from zipserve.kernels import native, rotation
 from zipserve.kernels.zipformat import VALUE_STEPS, Region, ZipFormat
 
 if TYPE_CHECKING:
@@ -48,8 +48,19 @@ class _Attention(ctypes.Structure):
     )
 
 
+def runs_on_cpu(query: torch.Tensor, sealed: "SealedBlocks", open_blocks: "OpenBlocks") -> bool:
+    """Whether `decode_attention_cpu` can do this: the tensors are on the CPU, of TYPES, and the kernel is there."""
+    form, keys = sealed.form, open_blocks.keys
+    return (
+        query.device.type == "cpu"
+        and keys.dtype in TYPES
+        and keys.dtype == open_blocks.values.dtype
+        and (isinstance(form, ZipFormat) or form.dtype in TYPES)
+        and native.load() is not None
+    )
+
+
 def decode_attention_cpu(
-    library: ctypes.CDLL,
     query: torch.Tensor,
     sealed: "SealedBlocks",
     open_blocks: "OpenBlocks",
@@ -60,37 +71,41 @@ def decode_attention_cpu(
     sink_logits: torch.Tensor | None,
     with_weights: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See zipserve.kernels.attention.decode_attention; types are those of TYPES."""
+    """See zipserve.kernels.attention.decode_attention; only where `runs_on_cpu`."""
+    library = native.load()
+    assert library is not None
     form, keys, values = sealed.form, open_blocks.keys, open_blocks.values
     rows, heads, _ = query.shape
     query = query.float().contiguous()
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     output = torch.empty(rows, heads, form.value_dim)
     weights = torch.empty(rows, form.block_tokens) if with_weights else None
-    key_signs, value_signs = _signs(form.key_dim), _signs(form.value_dim)
+    table, counts, starts = _int32(sealed.table), _int32(sealed.counts), _int32(sealed.starts)
+    sink_slabs, first = _int32(sealed.sink_slabs), _int32(first)
+    slots, open_counts = _int32(open_blocks.slots), _int32(open_blocks.counts)
     key_strides, value_strides, size = keys.stride(), values.stride(), keys.element_size()
     arguments = _Attention(
         ctypes.addressof(_form(form)),
         query.data_ptr(),
         sealed.data.data_ptr(),
-        sealed.table.data_ptr(),
-        sealed.counts.data_ptr(),
-        sealed.starts.data_ptr(),
+        table.data_ptr(),
+        counts.data_ptr(),
+        starts.data_ptr(),
         sealed.sinks.data_ptr(),
-        sealed.sink_slabs.data_ptr(),
+        sink_slabs.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
-        open_blocks.slots.data_ptr(),
-        open_blocks.counts.data_ptr(),
+        slots.data_ptr(),
+        open_counts.data_ptr(),
         first.data_ptr(),
         None if sink_logits is None else sink_logits.data_ptr(),
-        key_signs.data_ptr(),
-        value_signs.data_ptr(),
+        _signs(form.key_dim).data_ptr(),
+        _signs(form.value_dim).data_ptr(),
         output.data_ptr(),
         None if weights is None else weights.data_ptr(),
         sealed.data.stride(0),
         sealed.sinks.stride(0),
-        sealed.table.stride(0),
+        table.stride(0),
         (key_strides[0] * size, key_strides[1] * size),
         (value_strides[0] * size, value_strides[1] * size),
         rows,
@@ -103,6 +118,11 @@ def decode_attention_cpu(
     if library.zs_attention(ctypes.byref(arguments)):
         raise MemoryError(f"attention of {rows} rows")
     return output, weights
+
+
+def _int32(index: torch.Tensor) -> torch.Tensor:
+    """Itself, in nearly all cases."""
+    return index if index.dtype is torch.int32 and index.is_contiguous() else index.int().contiguous()
 
 
 @functools.cache

@@ -7,8 +7,7 @@ of rows that can see it, estimated from a few rows. Here the rows are fixed ones
 
 import torch
 
-from zipserve.kernels import native
-from zipserve.kernels.saliency.cpu import probe_scores_cpu
+from zipserve.kernels.saliency.cpu import probe_scores_cpu, runs_on_cpu
 from zipserve.kernels.saliency.reference import probe_scores_reference
 from zipserve.kernels.zipformat import SINK_TOKENS, ZipFormat, probe_counts
 
@@ -46,11 +45,8 @@ def probe_scores(
         float32 [b, block_tokens]: for each token of each block the sum over the block's rows of the weight, mean over
         heads; 0 where no row sees it.
     """
-    arguments = (query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
-    library = native.load() if query.device.type == "cpu" else None
-    if library is not None:
-        return probe_scores_cpu(library, *arguments)
-    return probe_scores_reference(*arguments)
+    scores = probe_scores_cpu if runs_on_cpu(query) else probe_scores_reference
+    return scores(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
 
 
 def classify(scores: torch.Tensor, form: ZipFormat, at_start: torch.Tensor) -> torch.Tensor:

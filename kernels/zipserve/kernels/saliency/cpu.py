@@ -4,6 +4,8 @@ import ctypes
 
 import torch
 
+from zipserve.kernels import native
+
 
 class _Saliency(ctypes.Structure):
     _fields_ = (
@@ -14,8 +16,12 @@ class _Saliency(ctypes.Structure):
     )
 
 
+def runs_on_cpu(query: torch.Tensor) -> bool:
+    """Whether `probe_scores_cpu` can do this: the tensors are on the CPU, and the kernel is there."""
+    return query.device.type == "cpu" and native.load() is not None
+
+
 def probe_scores_cpu(
-    library: ctypes.CDLL,
     query: torch.Tensor,
     keys: torch.Tensor,
     own: torch.Tensor,
@@ -27,9 +33,11 @@ def probe_scores_cpu(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """See zipserve.kernels.saliency.probe_scores."""
+    """See zipserve.kernels.saliency.probe_scores; only where `runs_on_cpu`."""
+    library = native.load()
+    assert library is not None
     query, keys = _rows(query), _rows(keys)
-    own, first, block, starts = (index.contiguous() for index in (own, first, block, starts))
+    own, first, block, starts = (index.long().contiguous() for index in (own, first, block, starts))
     sinks = None if sinks is None else sinks.float().contiguous()
     scores = torch.empty(len(starts), block_tokens)
     arguments = _Saliency(

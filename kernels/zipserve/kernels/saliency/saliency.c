@@ -172,10 +172,8 @@ static void attend(const Saliency *s, const Item *item, Tile *tile, float *part)
     score(s, item, tile, begin, end - begin);
     soften(item, tile, end - begin);
     f32x16 shares[TILE_VECTORS];
-    for (int v = 0; v < item->vectors; v++) {
-        const i32x16 none = less16(tile->total[v], splat(1e-30f));  // a lane without a query row
-        shares[v] = select16(none, splat(0), splat(1.0f / s->heads) / tile->total[v]);
-    }
+    for (int v = 0; v < item->vectors; v++)  // 0 for lanes behind the last query row, whose `own` is -1
+        shares[v] = select16(tile->own[v] >> 31, splat(0), splat(1.0f / s->heads) / tile->total[v]);
     for (int64_t key = begin; key < end; key++) {
         const float *weights = tile->scores + (key - begin) * item->vectors * LANES;
         f32x16 sum = {0};

@@ -1,0 +1,337 @@
+"""The CPU kernel of decode attention against its reference; whatever must not be read is NaN."""
+
+import functools
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zipserve.kernels import native, rotation
+from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks, decode_attention, decode_attention_reference
+from zipserve.kernels.attention.cpu import runs_on_cpu
+from zipserve.kernels.dequantize import dequantize_reference
+from zipserve.kernels.quantize import quantize_reference
+from zipserve.kernels.saliency import classify
+from zipserve.kernels.zipformat import PROFILES, ZipFormat, probe_counts
+
+TOLERANCE = 1e-5
+"""Absolute, of outputs of values of size 1."""
+SLABS, HEADER_BYTES = 7, 128
+NAN_BYTE = 255
+"""NaN in every float format, and the largest code and exponent."""
+
+
+@dataclass
+class Case:
+    """Arguments of decode_attention."""
+
+    query: torch.Tensor
+    sealed: SealedBlocks
+    open_blocks: OpenBlocks
+    first: torch.Tensor
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor]:
+        output, weights = decode_attention(
+            self.query, self.sealed, self.open_blocks, self.first, scale=self.scale, softcap=self.softcap,
+            sink_logits=self.sink_logits, with_weights=True
+        )  # fmt: skip
+        assert weights is not None
+        return output, weights
+
+    def run_reference(self) -> tuple[torch.Tensor, torch.Tensor]:
+        output, weights = decode_attention_reference(
+            self.query, self.sealed, self.open_blocks, self.first, scale=self.scale, softcap=self.softcap,
+            sink_logits=self.sink_logits, with_weights=True
+        )  # fmt: skip
+        assert weights is not None
+        return output, weights
+
+    def check(self) -> None:
+        """The kernel agrees with the reference."""
+        assert runs_on_cpu(self.query, self.sealed, self.open_blocks)
+        for found, wanted in zip(self.run(), self.run_reference(), strict=True):
+            assert wanted.isfinite().all()
+            torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+def int32(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@functools.cache
+def blocks_of(form: ZipFormat | RawFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer of an arena, and sinks: slabs 2 and 4 start a sequence, whose sinks are in 1 and 3; 5 and 6 do not.
+
+    Slab 0 and all that is between the layers is NaN.
+    """
+    generator = torch.Generator().manual_seed(form.key_dim)
+    arena = torch.full((SLABS, HEADER_BYTES + form.layer_bytes + 64), NAN_BYTE, dtype=torch.uint8)
+    data = arena[:, HEADER_BYTES : HEADER_BYTES + form.layer_bytes]
+    slabs, at_start = torch.tensor([2, 4, 5, 6]), torch.tensor([True, True, False, False])
+    keys = torch.randn(4, form.kv_heads, form.block_tokens, form.key_dim, generator=generator)
+    values = torch.randn(4, form.kv_heads, form.block_tokens, form.value_dim, generator=generator)
+    if isinstance(form, RawFormat):
+        heads = torch.cat((keys.flatten(2), values.flatten(2)), 2).to(form.dtype)
+        data[slabs] = heads.flatten(1).view(torch.uint8)
+        return data, torch.empty(0, 0, dtype=torch.uint8)
+    sinks = torch.full((SLABS, form.sinks_layer_bytes + 32), NAN_BYTE, dtype=torch.uint8)[:, 16:-16]
+    hi = classify(torch.rand(4, form.block_tokens, generator=generator), form, at_start)
+    sink_slabs = torch.tensor([1, 3, -1, -1])
+    assert not quantize_reference(keys, values, hi, form, data, slabs, sinks, sink_slabs).any()
+    return data, sinks
+
+
+def case_of(form: ZipFormat | RawFormat, group: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
+    """Six rows: with 0, 1 and several blocks, at the start of a sequence and later, of all kinds of open blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    size, counts = form.block_tokens, [1, 0, 4, 2, 0, 3]
+    start = [0, 0, 0, 5 * size, 2 * size, size]
+    table = torch.tensor([[2, 0, 0, 0], [0, 0, 0, 0], [4, 6, 5, 6], [5, 2, 0, 0], [0, 0, 0, 0], [6, 5, 6, 0]])
+    data, sinks = blocks_of(form)
+    sealed = SealedBlocks(form, data, table.int(), int32(*counts), int32(*start), sinks, int32(1, 99, 3, 99, 99, 99))
+    slots, open_counts = [8, 3, 5, 0, 7, 2], [size, 1, size - 1, size // 2 + 1, size, 1]
+    tensors = [torch.full((9, form.kv_heads, size, dim), torch.nan) for dim in (form.key_dim, form.value_dim)]
+    for tensor in tensors:
+        for slot, count in zip(slots, open_counts, strict=True):
+            tensor[slot, :, :count] = torch.randn(tensor[slot, :, :count].shape, generator=generator)
+    open_blocks = OpenBlocks(tensors[0].to(dtype), tensors[1].to(dtype), int32(*slots), int32(*open_counts))
+    query = torch.randn(len(counts), form.kv_heads * group, form.key_dim, generator=generator)
+    return Case(query, sealed, open_blocks, torch.zeros(len(counts), dtype=torch.int32), form.key_dim**-0.5)
+
+
+def with_options(case: Case) -> Case:
+    """The same with a window, whose first tokens lie in the first block or in the open one, a softcap and sinks."""
+    size = case.sealed.form.block_tokens
+    within = [size - 1, 0, 2, size // 2, size - 1, 5 % size]
+    return replace(
+        case,
+        first=case.sealed.starts + int32(*within),
+        softcap=1.5,
+        sink_logits=torch.linspace(-2, 3, case.query.shape[1]),
+    )
+
+
+def test_the_kernel_is_there() -> None:
+    """Otherwise everything below would compare the reference with itself."""
+    assert native.load() is not None
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8])
+@pytest.mark.parametrize("options", [False, True])
+def test_every_number_of_heads_per_kv_head(group: int, options: bool) -> None:
+    case = case_of(ZipFormat(2, 32, 48, 64, "4/32"), group)
+    (with_options(case) if options else case).check()
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "key_dim", "value_dim", "block_tokens"),
+    [(3, 3, 64, 64, 128), (1, 1, 16, 128, 64), (1, 4, 112, 80, 192)],
+)
+def test_every_profile(
+    profile: str, options: bool, kv_heads: int, group: int, key_dim: int, value_dim: int, block_tokens: int
+) -> None:
+    case = case_of(ZipFormat(kv_heads, key_dim, value_dim, block_tokens, profile), group)
+    (with_options(case) if options else case).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize(
+    ("kv_heads", "group", "key_dim", "value_dim", "block_tokens"),
+    [(3, 3, 64, 64, 128), (1, 5, 24, 40, 8), (2, 1, 128, 16, 20), (1, 2, 7, 3, 5)],
+)
+def test_raw_blocks(
+    dtype: torch.dtype, options: bool, kv_heads: int, group: int, key_dim: int, value_dim: int, block_tokens: int
+) -> None:
+    case = case_of(RawFormat(kv_heads, key_dim, value_dim, block_tokens, dtype), group, dtype=dtype)
+    (with_options(case) if options else case).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_open_block_and_query_of_other_types(dtype: torch.dtype) -> None:
+    case = case_of(ZipFormat(2, 48, 32, 64), 3, dtype=dtype)
+    replace(case, query=case.query.to(dtype)).check()
+
+
+def test_types_that_the_kernel_does_not_read() -> None:
+    case = case_of(RawFormat(2, 16, 16, 8, torch.float64), 2, dtype=torch.float64)
+    assert not runs_on_cpu(case.query, case.sealed, case.open_blocks)
+    found, _ = decode_attention(case.query, case.sealed, case.open_blocks, case.first, scale=case.scale)
+    wanted, _ = case_of(RawFormat(2, 16, 16, 8, torch.float32), 2).run_reference()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("option", ["first", "softcap", "sink_logits"])
+def test_each_option_alone(option: str) -> None:
+    """And that it does something."""
+    plain = case_of(ZipFormat(2, 32, 32, 64, "43/32"), 2)
+    case = replace(plain, **{option: getattr(with_options(plain), option)})
+    case.check()
+    assert (case.run()[0] - plain.run()[0]).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("form", [ZipFormat(2, 32, 32, 64), RawFormat(2, 32, 32, 8, torch.float32)])
+def test_a_window_that_starts_behind_all_sealed_blocks(form: ZipFormat | RawFormat) -> None:
+    case = case_of(form, 2)
+    open_start = case.sealed.starts + case.sealed.counts * form.block_tokens
+    case = replace(case, first=open_start + int32(2, 0, 3, 1, 0, 0))
+    case.check()
+    hidden = replace(case.sealed, data=torch.full_like(case.sealed.data, NAN_BYTE))
+    assert torch.equal(replace(case, sealed=hidden).run()[0], case.run()[0])
+
+
+@pytest.mark.parametrize("first", [1, 2, 3, 4, 5, 63, 64, 65])
+def test_windows_that_hide_sinks(first: int) -> None:
+    case = case_of(ZipFormat(1, 32, 32, 64), 2)
+    rows = slice(2, 3)
+    sealed, opened = case.sealed, case.open_blocks
+    Case(
+        case.query[rows],
+        replace(
+            sealed, table=sealed.table[rows], counts=sealed.counts[rows], starts=sealed.starts[rows],
+            sink_slabs=sealed.sink_slabs[rows],
+        ),
+        replace(opened, slots=opened.slots[rows], counts=opened.counts[rows]),
+        int32(first),
+        case.scale,
+    ).check()  # fmt: skip
+
+
+@pytest.mark.parametrize("form", [ZipFormat(1, 64, 64, 64, "43/32"), RawFormat(2, 64, 64, 64, torch.float32)])
+def test_long_rows_do_not_depend_on_threads(form: ZipFormat | RawFormat) -> None:
+    """Rows of several spans of blocks."""
+    case = case_of(form, 3)
+    table = torch.cat((case.sealed.table[2:3], torch.tensor([[5, 6, 5]], dtype=torch.int32).repeat(1, 14)), 1)
+    table = table.repeat(6, 1)
+    table[3:] = table[3:].roll(-2, 1)
+    counts = int32(34, 17, 16, 33, 1, 5)
+    starts = int32(0, 0, 0, 64, 64, 64)
+    sealed = replace(case.sealed, table=table, counts=counts, starts=starts, sink_slabs=int32(3, 3, 3, 0, 0, 0))
+    case = replace(case, sealed=sealed)
+    case.check()
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found.append(case.run())
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert torch.equal(other[0], found[0][0])
+        assert torch.equal(other[1], found[0][1])
+
+
+@pytest.mark.parametrize("factor", [0.0, 30.0, 1000.0])
+def test_flat_and_sharp_softmax(factor: float) -> None:
+    case = case_of(ZipFormat(2, 32, 32, 64, "4/4"), 3)
+    case = replace(case, query=case.query * factor)
+    found, wanted = case.run(), case.run_reference()
+    # logits of size 1000 are known to 1e-4 in float32
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=max(TOLERANCE, 2e-6 * factor))
+    assert found[1].isfinite().all()
+
+
+def test_weights_are_shares() -> None:
+    """With nothing sealed they sum to 1; with an overwhelming sink logit to 0; none of them is asked for in vain."""
+    case = case_of(RawFormat(1, 16, 16, 8, torch.float32), 2)
+    _, weights = case.run()
+    for row in (1, 4):
+        assert float(weights[row].sum()) == pytest.approx(1, abs=1e-5)
+    assert weights[2].sum() < 0.9
+    assert (weights[2, 7:] == 0).all()
+    output, weights = replace(case, sink_logits=torch.tensor([200.0, 200.0])).run()
+    assert output.abs().max() == weights.abs().max() == 0
+    _, none = decode_attention(case.query, case.sealed, case.open_blocks, case.first, scale=case.scale)
+    assert none is None
+
+
+def test_raw_attention_is_plain_attention() -> None:
+    """Without the reference: torch's own on the concatenated keys and values."""
+    form = RawFormat(2, 16, 24, 8, torch.float32)
+    case = case_of(form, 3)
+    numbers = case.sealed.data[torch.tensor([4, 6, 5, 6])].contiguous().view(torch.float32).view(4, 2, -1)
+    keys = numbers[..., : 8 * 16].reshape(4, 2, 8, 16).transpose(0, 1).flatten(1, 2)
+    values = numbers[..., 8 * 16 :].reshape(4, 2, 8, 24).transpose(0, 1).flatten(1, 2)
+    keys = torch.cat((keys, case.open_blocks.keys[5, :, :7]), 1)
+    values = torch.cat((values, case.open_blocks.values[5, :, :7]), 1)
+    wanted = F.scaled_dot_product_attention(case.query[2].view(2, 3, 16), keys, values)
+    torch.testing.assert_close(case.run()[0][2], wanted.view(6, 24), rtol=0, atol=TOLERANCE)
+
+
+VECTORS = {name: torch.from_numpy(array) for name, array in np.load(Path(__file__).parent / "zip_vectors.npz").items()}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("at_start", [False, True])
+def test_golden_vectors(profile: str, at_start: bool) -> None:
+    """An independent implementation's attention over one block; the open block's only token gets no weight."""
+    form = ZipFormat(3, 64, 64, 128, profile)
+    data = torch.empty(1, form.layer_bytes, dtype=torch.uint8)
+    sinks = torch.empty(1, form.sinks_layer_bytes, dtype=torch.uint8)
+    slab = torch.zeros(1, dtype=torch.int64)
+    scores = VECTORS["hi"].float() * torch.tensor(probe_counts(128))
+    hi = classify(scores[None], form, torch.tensor([at_start]))
+    keys, values, query = VECTORS["K"], VECTORS["V"], VECTORS["q"]
+    sink_slab = slab if at_start else slab - 1
+    name = f"{profile.replace('/', '_')}_{'first' if at_start else 'next'}"
+    for _ in range(2):
+        quantize_reference(keys[None], values[None], hi, form, data, slab, sinks, sink_slab)
+        # A key within 1e-3 of a cell's border may have got the other cell: the second time it is moved over.
+        decoded, _ = dequantize_reference(data, slab, form, sinks, sink_slab)
+        missing = rotation.rotate(VECTORS[f"{name}_K"] - decoded[0])
+        keys = keys + rotation.unrotate(missing.where(missing.abs() > 1e-4, 0) * 0.01)
+    zero = int32(0)
+    sealed = SealedBlocks(form, data, int32(0)[None], int32(1), zero if at_start else int32(128), sinks, zero)
+    away = (-1e4 * query / query.square().sum(-1, keepdim=True))[None, :, None]
+    opened = OpenBlocks(away.expand(-1, -1, 128, -1).contiguous(), values[None], zero, int32(1))
+    found, weights = Case(query[None], sealed, opened, zero, 64**-0.5).run()
+    assert weights.abs().max() == 0
+    torch.testing.assert_close(found[0], VECTORS[f"{name}_attention"], rtol=0, atol=1e-4)
+
+
+@settings(max_examples=40)
+@given(st.data())
+def test_raw_blocks_of_any_shape(data: st.DataObject) -> None:
+    kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    dims, size = data.draw(st.tuples(st.integers(1, 70), st.integers(1, 70))), data.draw(st.integers(2, 40))
+    form = RawFormat(kv_heads, *dims, size, torch.float32)
+    case = case_of(form, group, seed=data.draw(st.integers(0, 9)))
+    counts = case.sealed.counts
+    lengths = counts * size + case.open_blocks.counts
+    within = [data.draw(st.integers(0, min(int(length), size) - 1)) for length in lengths]
+    case = replace(case, first=case.sealed.starts + int32(*within))
+    if data.draw(st.booleans()):
+        case = replace(case, softcap=data.draw(st.floats(0.5, 50)))
+    if data.draw(st.booleans()):
+        case = replace(case, sink_logits=torch.linspace(-3, 3, kv_heads * group))
+    case.check()
+
+
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    native.load.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    yield
+    native.load.cache_clear()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler_the_reference_runs() -> None:
+    case = with_options(case_of(ZipFormat(1, 16, 16, 64), 2))
+    assert not runs_on_cpu(case.query, case.sealed, case.open_blocks)
+    found = case.run()
+    for one, other in zip(found, case.run_reference(), strict=True):
+        assert torch.equal(one, other)
