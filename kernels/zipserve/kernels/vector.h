@@ -5,6 +5,7 @@
 #include <string.h>
 
 #define LANES 16
+#define WAKING_PRODUCTS (1 << 18)  // waking other threads costs more than this many multiplications
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")  // of a short loop over vectors: otherwise they live in memory
 

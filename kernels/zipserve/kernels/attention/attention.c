@@ -160,6 +160,13 @@ static void average(const Plan *plan, int row) {
     }
 }
 
+// Multiplications of queries and keys, about.
+static int64_t products(const Attention *a) {
+    int64_t blocks = a->rows;
+    for (int row = 0; row < a->rows; row++) blocks += a->counts[row];
+    return blocks * a->form->block_tokens * a->heads * a->form->key_dim;
+}
+
 // Returns 0, or 1 where there is no memory.
 int zs_attention(const Attention *a) {
     const int group = a->heads / a->form->kv_heads;
@@ -175,7 +182,7 @@ int zs_attention(const Attention *a) {
     if (!memory) return 1;
     lay_out(&plan, memory, items);
     list_items(&plan);
-#pragma omp parallel num_threads(a->threads)
+#pragma omp parallel num_threads(a->threads) if (products(a) > WAKING_PRODUCTS)
     {
         float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
 #pragma omp for schedule(static)

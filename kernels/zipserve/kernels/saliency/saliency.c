@@ -182,6 +182,12 @@ static void attend(const Saliency *s, const Item *item, Tile *tile, float *part)
     }
 }
 
+static int64_t products(const Saliency *s) {
+    int64_t keys = 0;
+    for (int row = 0; row < s->rows; row++) keys += s->own[row] + 1 - s->first[row];
+    return keys * s->heads * s->dim;
+}
+
 // Returns 0, or 1 where there is no memory.
 int zs_saliency(const Saliency *s) {
     const int count = list_items(s, NULL), size = s->block_tokens;
@@ -191,7 +197,7 @@ int zs_saliency(const Saliency *s) {
     const int failed = !items || !parts;
     if (!failed) {
         list_items(s, items);
-#pragma omp parallel num_threads(s->threads)
+#pragma omp parallel num_threads(s->threads) if (products(s) > WAKING_PRODUCTS)
         {
             Tile tile;
             tile.queries = parts + (int64_t)count * size + omp_get_thread_num() * tile_floats;
