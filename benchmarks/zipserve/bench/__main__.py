@@ -8,6 +8,8 @@ from zipserve.common.errors import ZipserveError
 
 BENCHMARKS = {
     "quality": "what each KV codec costs: KL, perplexity, agreement, retrieval, and bits",
+    "kernels": "operations on KV blocks beside references, SDPA and the memory's bandwidth",
+    "claims": "ZipCache's claims about latency and size, side by side on a served model",
 }
 
 

@@ -1,0 +1,1 @@
+"""ZipCache's claims about speed and size, measured side by side on a served model."""

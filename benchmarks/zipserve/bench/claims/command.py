@@ -1,0 +1,167 @@
+"""`zipserve bench claims`: prefill latency, decode latency and pool size of the zip codec beside its rivals."""
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from zipserve.bench import report
+from zipserve.bench.claims.rivals import decoded_first, full_scores
+from zipserve.bench.report import Check
+from zipserve.bench.timing import Timing, interleaved
+from zipserve.common import models
+from zipserve.common.kv.layout import DEFAULT_CODEC, SlabKind
+from zipserve.engine import loader
+from zipserve.engine.cache import KvCache
+from zipserve.engine.engine import Engine
+from zipserve.engine.model import LoadedModel
+from zipserve.engine.sequence import Segment, Sequence
+from zipserve.kernels.saliency import probe_scores
+
+PREFILL_GAIN = 0.373
+"""ZipCache (2024), abstract: prefill latency falls by 37.3 %."""
+DECODE_GAIN = 0.569
+"""The same: decode latency falls by 56.9 %."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = report.options("claims", "ZipCache's claims about latency and size, side by side on a served model.")
+    options.add_argument("--model", default=models.DEFAULT_MODEL, help="folder or Hugging Face id (default: SmolLM2)")
+    options.add_argument("--codec", default=DEFAULT_CODEC, help=f"a zip codec (default: {DEFAULT_CODEC})")
+    options.add_argument("--prompt-tokens", type=report.whole(1), metavar="N", help="default: 4096; quick: 256")
+    options.add_argument("--batch", type=report.whole(1), metavar="N", help="decode rows (default: 8; quick: 2)")
+    options.add_argument("--rounds", type=report.whole(1), metavar="N", help="of timing (default: 5; quick: 1)")
+    options.add_argument("--threads", type=report.whole(1), metavar="T", help="CPU threads (default: all cores)")
+    return options
+
+
+def run(options: argparse.Namespace) -> int:
+    """Runs the benchmark; returns the exit status."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    files = models.resolve(options.model)
+    model = loader.load(files, "float32", "cpu")
+    tokens = options.prompt_tokens or (256 if options.quick else 4096)
+    rounds = options.rounds or (1 if options.quick else 5)
+    prefill, sealing_share = _prefill(model, options.codec, tokens, rounds)
+    report.progress(f"prefill of {tokens} tokens")
+    decode = _decode(model, options.codec, tokens, options.batch or (2 if options.quick else 8), rounds)
+    report.progress("decode")
+    timings = {**prefill, **decode}
+    rows = [(name, *(f"{s * 1e3:.1f} ms" for s in asdict(timing).values())) for name, timing in timings.items()]
+    print(report.table(("step", "median", "p10", "p90"), rows), end="\n\n")
+    own, raw = model.layout(codec=options.codec), model.layout(codec="raw")
+    values = own.kv_heads * (own.key_dim + own.value_dim) * own.layers * own.block_tokens
+    decides = not options.quick
+    checks = [
+        Check("prefill: saved against full attention scores", _saved(timings, "prefill, probe rows",
+              "prefill, full scores"), ">=", PREFILL_GAIN, decides),
+        Check("prefill: share of saliency and quantization", sealing_share, "<=", 0.03, decides),
+        Check("decode: saved against decoding first", _saved(timings, "decode, on the codes",
+              "decode, decoded first"), ">=", DECODE_GAIN, decides),
+        Check("decode: saved against raw float32 blocks", _saved(timings, "decode, on the codes",
+              "decode, raw"), ">=", 0.0, decides),
+        Check("pool: times smaller than float16", 2 * values / own.slab_bytes(SlabKind.BLOCK), ">=", 4.6, True),
+    ]  # fmt: skip
+    return report.finish(
+        "claims", checks, device=report.cpu(torch.get_num_threads()), as_json=options.json, model=files.name,
+        codec=options.codec, prompt_tokens=tokens, block_slab_bytes={"raw": raw.slab_bytes(SlabKind.BLOCK),
+        options.codec: own.slab_bytes(SlabKind.BLOCK)}, timings={n: asdict(t) for n, t in timings.items()},
+    )  # fmt: skip
+
+
+def _saved(timings: dict[str, Timing], ours: str, theirs: str) -> float:
+    return 1 - timings[ours].median_s / timings[theirs].median_s
+
+
+def _engine(model: LoadedModel, codec: str, tokens: int, rows: int) -> Engine:
+    layout = model.layout(codec=codec)
+    return Engine(model, KvCache(layout, rows * layout.blocks_for(tokens + 64), 0, rows))
+
+
+def _ids(model: LoadedModel, tokens: int) -> list[int]:
+    return torch.randint(model.vocab_tokens, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+def _prefill(model: LoadedModel, codec: str, tokens: int, rounds: int) -> tuple[dict[str, Timing], float]:
+    """Timings, and the share of a prefill that saliency and quantization take."""
+    engine, ids = _engine(model, codec, tokens, 1), _ids(model, tokens)
+    spent: list[float] = []
+
+    def prefill() -> None:
+        started, sealing = time.perf_counter(), _Stopwatch()
+        with (
+            mock.patch.object(engine.cache.codec, "write_blocks", sealing.around(engine.cache.codec.write_blocks)),
+            mock.patch("zipserve.engine.probes.probe_scores", sealing.around(probe_scores)),
+        ):
+            _compute(engine, ids)
+        spent.append(sealing.seconds / (time.perf_counter() - started - sealing.seconds))
+
+    def with_full_scores() -> None:
+        with full_scores():
+            _compute(engine, ids)
+
+    timings = interleaved({"prefill, probe rows": prefill, "prefill, full scores": with_full_scores}, rounds)
+    return timings, sorted(spent)[len(spent) // 2]
+
+
+def _compute(engine: Engine, ids: list[int]) -> Sequence:
+    sequence = Sequence(list(range(engine.cache.layout.blocks_for(len(ids)))), 0, sinks=0)
+    engine.forward([Segment(sequence, ids)])
+    return sequence
+
+
+def _decode(model: LoadedModel, codec: str, tokens: int, rows: int, rounds: int) -> dict[str, Timing]:
+    zipped, raw = (_Decoding(model, name, tokens, rows) for name in (codec, "raw"))
+
+    def decoded() -> None:
+        with decoded_first(zipped.engine.cache):
+            zipped.step()
+
+    ways = {"decode, on the codes": zipped.step, "decode, decoded first": decoded, "decode, raw": raw.step}
+    return interleaved(ways, rounds)
+
+
+class _Decoding:
+    """Rows of equal context, each with blocks of its own, that take one step after another."""
+
+    def __init__(self, model: LoadedModel, codec: str, tokens: int, rows: int) -> None:
+        self.engine = _engine(model, codec, tokens, rows)
+        first = _compute(self.engine, _ids(model, tokens))
+        arenas = self.engine.cache.arenas
+        count = len(arenas.blocks) // rows
+        self._sequences = []
+        for row in range(rows):
+            blocks = list(range(row * count, (row + 1) * count))
+            arenas.blocks[blocks[: len(first.blocks)]] = arenas.blocks[first.blocks]
+            if len(arenas.sinks):
+                arenas.sinks[row] = arenas.sinks[0]
+            self._sequences.append(Sequence(blocks, row, first.length, sinks=row))
+
+    def step(self) -> None:
+        """One token more for every row."""
+        self.engine.forward([Segment(sequence, [7]) for sequence in self._sequences])
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def around(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, whose time is added up."""
+
+        def timed(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds += time.perf_counter() - started
+
+        return timed
