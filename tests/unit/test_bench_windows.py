@@ -79,8 +79,10 @@ def test_folder_without_texts_and_genres_of_one_name(tmp_path: Path) -> None:
         texts.load([tmp_path])
     (tmp_path / "a.txt").write_text("1")
     (tmp_path / "a.jsonl").write_text('{"text": "2"}')
-    with pytest.raises(InvalidRequestError, match="two texts are named 'a'"):
+    with pytest.raises(InvalidRequestError, match=r"a\.jsonl is named 'a', which is taken"):
         texts.load([tmp_path])
+    with pytest.raises(InvalidRequestError, match=r"a\.txt is named 'a', which is taken"):
+        texts.load([tmp_path / "a.txt"], reserved={"a"})
 
 
 def test_window() -> None:

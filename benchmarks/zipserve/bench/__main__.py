@@ -11,6 +11,7 @@ BENCHMARKS = {
     "kernels": "operations on KV blocks beside references, SDPA and the memory's bandwidth",
     "claims": "ZipCache's claims about latency and size, side by side on a served model",
 }
+_INTERRUPTED = 128 + 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ZipserveError as error:
         sys.stderr.write(f"zipserve bench {name}: {error.message}\n")
         return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return status
 
 

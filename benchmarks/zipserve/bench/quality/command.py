@@ -95,7 +95,7 @@ def _windows(options: argparse.Namespace, shape: Shape, encode: Encode) -> dict[
     count = options.windows or WINDOWS[options.quick]
     genres = {
         genre: text_windows(genre, encode(text).ids, shape, options.offset, count)
-        for genre, text in texts.load(options.texts).items()
+        for genre, text in texts.load(options.texts, reserved={RETRIEVAL}).items()
     }
     numbers = range(options.offset, options.offset + count)
     retrieval = [retrieval_window(lookups(options.seed, number), encode, shape) for number in numbers]

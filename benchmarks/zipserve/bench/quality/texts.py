@@ -1,7 +1,7 @@
 """The texts that windows are cut from: those that ship, or the user's own."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 from zipserve.common.errors import InvalidRequestError
@@ -14,17 +14,18 @@ def shipped() -> Path:
     return packed if packed.is_dir() else package.parents[1] / "data"
 
 
-def load(paths: Iterable[Path]) -> dict[str, str]:
+def load(paths: Iterable[Path], reserved: Container[str] = ()) -> dict[str, str]:
     """Reads texts.
 
     Args:
         paths: `.txt` files, a text each; `.jsonl` files, whose records are joined to one text; folders of such files.
+        reserved: names that no text may have.
 
     Returns:
         text by genre, which is the file's name without its ending.
 
     Raises:
-        InvalidRequestError: a path has no text, or a record is of another form.
+        InvalidRequestError: a path has no text, a record is of another form, or a name is taken.
     """
     texts: dict[str, str] = {}
     for path in paths:
@@ -32,8 +33,8 @@ def load(paths: Iterable[Path]) -> dict[str, str]:
         if not files:
             raise InvalidRequestError(f"folder {path} has no *.txt and no *.jsonl files", field="texts")
         for file in files:
-            if file.stem in texts:
-                raise InvalidRequestError(f"two texts are named {file.stem!r}; the second is {file}", field="texts")
+            if file.stem in texts or file.stem in reserved:
+                raise InvalidRequestError(f"text {file} is named {file.stem!r}, which is taken", field="texts")
             texts[file.stem] = _read(file)
     return texts
 
