@@ -37,8 +37,13 @@ def zipped(heads: Heads, profile: str, keys: torch.Tensor, values: torch.Tensor)
     hi = torch.rand(len(keys), form.block_tokens, generator=torch.Generator().manual_seed(1)).argsort(1)
     slabs = torch.arange(len(keys))
     none = torch.full_like(slabs, -1)
-    quantize(keys, values, hi < form.hi_tokens, form, data, slabs, data, none)
+    quantize(keys, values, hi < form.hi_tokens, form, data, slabs, no_sinks(form), none)
     return form, data
+
+
+def no_sinks(form: ZipFormat) -> torch.Tensor:
+    """For blocks none of which is the first of its sequence."""
+    return torch.empty(0, form.sinks_layer_bytes, dtype=torch.uint8)
 
 
 def raw(heads: Heads, keys: torch.Tensor, values: torch.Tensor) -> tuple[RawFormat, torch.Tensor]:
@@ -76,4 +81,5 @@ class DecodeBatch:
         rows, columns = self.table.shape
         counts = torch.full((rows,), columns, dtype=torch.int32)
         none = torch.full((rows,), -1, dtype=torch.int32)
-        return SealedBlocks(form, data, self.table, counts, self.first, data, none)
+        sinks = no_sinks(form) if isinstance(form, ZipFormat) else data
+        return SealedBlocks(form, data, self.table, counts, self.first, sinks, none)
