@@ -27,6 +27,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
+    # its last two layers attend to the keys of the first two, and keep none
+    "gemma3n_text": {
+        "num_kv_shared_layers": 2,
+        "sliding_window": 20,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "laurel_rank": 8,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "altup_num_inputs": 2,
+        "activation_sparsity_pattern": [0.0] * 4,
+    },
 }
 
 
@@ -37,8 +48,12 @@ def llama() -> Any:
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
+    """One thread: small tensors gain nothing from more, which only wait for each other where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.inference_mode():
         yield
+    torch.set_num_threads(threads)
 
 
 def ids(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
@@ -145,46 +160,59 @@ def test_kept_copies_are_the_same(llama: Any) -> None:
     assert torch.equal(*logits)
 
 
-def expected_scores(module: Any, prompt: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
-    """From eager attention over the prompt: of each layer normalized scores [batch, blocks, BLOCK], sinks infinite."""
-    module.set_attn_implementation("eager")
-    attentions = module(prompt, attention_mask=attention_mask, output_attentions=True).attentions
-    found = []
-    for attention in attentions:
-        weights = attention.mean(1).masked_fill(attention_mask[:, :, None] == 0, 0.0)  # [batch, tokens, tokens]
-        blocks = []
-        for start in range(0, prompt.shape[1] - BLOCK + 1, BLOCK):
-            rows = torch.tensor(probe_offsets(BLOCK)) + start
-            scores = weights[:, rows, start : start + BLOCK].sum(1)
-            blocks.append(scores / torch.tensor(probe_counts(BLOCK)))
-        blocks[0][:, :SINK_TOKENS] = torch.inf
-        found.append(torch.stack(blocks, 1))
-    return found
+def scores_of(attentions: list[torch.Tensor], real: torch.Tensor) -> torch.Tensor:
+    """Normalized scores from one layer's whole attention, [batch, blocks, BLOCK]; infinite for sinks.
+
+    Args:
+        attentions: of each call [batch, heads, its tokens, all tokens until then].
+        real: bool [batch, tokens], false for padding.
+    """
+    tokens = real.shape[1]
+    rows = [torch.nn.functional.pad(part.mean(1), (0, tokens - part.shape[-1])) for part in attentions]
+    weights = torch.cat(rows, 1).masked_fill(~real[..., None], 0.0)
+    blocks = []
+    for start in range(0, tokens - BLOCK + 1, BLOCK):
+        probes = torch.tensor(probe_offsets(BLOCK)) + start
+        scores = weights[:, probes, start : start + BLOCK].sum(1)
+        blocks.append(scores / torch.tensor(probe_counts(BLOCK)))
+    blocks[0][:, :SINK_TOKENS] = torch.inf
+    return torch.stack(blocks, 1)
 
 
-@pytest.mark.parametrize("padding", [0, 37, 70])
+@pytest.mark.parametrize(("sizes", "padding"), [([100, 2, 5, 22, 1], 0), ([128, 1], 37), ([130, 1], 70)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_classes_are_those_of_full_attention(family: str, padding: int) -> None:
-    """Whatever the family does to its scores: windows, softcap, sinks, padding on the left of the first row."""
+def test_classes_are_those_of_full_attention(family: str, sizes: list[int], padding: int) -> None:
+    """Whatever the family does: windows, softcap, sinks, shared keys; with padding on the left of the first row."""
     module = tiny(family, **FAMILIES[family])
-    implementation = module.config._attn_implementation
-    prompt = ids(2, 2 * BLOCK)
-    attention_mask = torch.ones_like(prompt)
-    attention_mask[0, :padding] = 0
-    expected = expected_scores(module, prompt, attention_mask)
-    module.set_attn_implementation(implementation)
-    cache = ZipCache(module.config, block_tokens=BLOCK)
-    feed(module, cache, prompt, attention_mask=attention_mask)
-    longer = torch.nn.functional.pad(attention_mask, (0, 1), value=1)
-    assert feed(module, cache, ids(2, 1, seed=2), attention_mask=longer).isfinite().all()
-    for layer, scores in zip(cache.zip_layers, expected, strict=True):
-        hi = maps_of(layer)
-        assert (hi.sum(-1) == BLOCK // 2).all()
-        # No token of the lo class has a higher score than one of the hi class.
-        worst = scores.masked_fill(~hi, torch.inf).amin(-1)
-        best = scores.masked_fill(hi, 0.0).amax(-1)
-        assert (worst >= best - 1e-6).all()
+    real = torch.ones(2, sum(sizes), dtype=torch.bool)
+    real[0, :padding] = False
+    found: list[list[torch.Tensor]] = []
+    attentions: list[list[torch.Tensor]] = []
+    for implementation in (module.config._attn_implementation, "eager"):  # eager for the weights
+        module.set_attn_implementation(implementation)
+        cache = ZipCache(module.config, block_tokens=BLOCK)
+        length, attentions = 0, []
+        for piece in torch.split(ids(2, sum(sizes)), sizes, 1):
+            length += piece.shape[1]
+            output = module(
+                piece,
+                attention_mask=real[:, :length].long(),
+                past_key_values=cache,
+                output_attentions=implementation == "eager",
+            )
+            attentions.append(output.attentions)
+            assert output.logits[1].isfinite().all()
+        found.append([maps_of(layer) for layer in cache.zip_layers])
+    for index, maps in enumerate(zip(*found, strict=True)):
+        scores = scores_of([of_layers[index] for of_layers in attentions], real)
         assert scores[..., SINK_TOKENS:].std() > 1e-3, "or any order would do"
+        for hi in maps:
+            assert hi.shape == (2, 2, BLOCK)
+            assert (hi.sum(-1) == BLOCK // 2).all()
+            # No token of the lo class has a higher score than one of the hi class.
+            worst = scores.masked_fill(~hi, torch.inf).amin(-1)
+            best = scores.masked_fill(hi, 0.0).amax(-1)
+            assert (worst >= best - 1e-6).all()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -235,6 +263,14 @@ def test_rows_move_with_their_beams(llama: Any) -> None:
     empty.reorder_cache(torch.tensor([0]))  # nothing to do
 
 
+def test_half_precision() -> None:
+    module = tiny("llama").to(torch.bfloat16)
+    cache = Recorder(module.config, block_tokens=BLOCK)
+    assert feed(module, cache, ids(2, 70), ids(2, 1)).isfinite().all()
+    assert {part.dtype for parts in cache.returned.values() for part in parts} == {torch.bfloat16}
+    assert cache.bits_per_value() < 16
+
+
 @pytest.mark.parametrize("junk", [9, 45])
 def test_crop_leaves_no_trace(llama: Any, junk: int) -> None:
     """Even of tokens that were probe rows, and that completed a block."""
@@ -268,23 +304,6 @@ def test_reset(llama: Any) -> None:
     cache.reset()
     assert (cache.get_seq_length(), cache.nbytes) == (0, 0)
     assert torch.equal(feed(llama, cache, ids(1, 70), ids(1, 1)), first)
-
-
-def test_layers_that_share_keys_keep_none() -> None:
-    module = tiny(
-        "gemma3n_text",
-        num_kv_shared_layers=2,
-        sliding_window=20,
-        laurel_rank=8,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=97,
-        altup_num_inputs=2,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        activation_sparsity_pattern=[0.0] * 4,
-    )
-    cache = ZipCache(module.config, block_tokens=BLOCK)
-    module.generate(ids(2, 70), past_key_values=cache, max_new_tokens=3, eos_token_id=None)
-    assert [(layer.index, layer.blocks.shape[1]) for layer in cache.zip_layers] == [(0, 1), (1, 1)]
 
 
 def test_config_of_several_parts_is_switched_in_its_decoder() -> None:

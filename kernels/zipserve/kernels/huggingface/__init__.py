@@ -6,14 +6,15 @@
     output = model.generate(**inputs, past_key_values=cache, max_new_tokens=200)
     print(f"{cache.bits_per_value():.2f} bits per value")
 
-It is for quality, with other people's harnesses, and not for speed: sealed blocks are decoded on every call. What a
-call sees is what a server's request sees. Its tokens attend to each other exactly; a block that is complete after a
-call is sealed before the next one, which sees it quantized. So a text that is scored in one call never meets a
-quantized key: split it, context first.
+It is for quality, with other people's harnesses, and not for speed: sealed blocks are decoded on every call. As in the
+server, the tokens of one call attend to each other exactly; a block that is complete after a call is sealed before the
+next one, which sees it quantized. So a text that is scored in one call never meets a quantized key: split it, context
+first. Tokens behind the last complete block stay as they came.
 
 Saliency needs queries, which a cache is not given. Where the profile has classes, `ZipCache(config)` therefore switches
 the config's attention from `sdpa` or `eager` to a function that calls the same one and shows the queries to the cache;
-models run unchanged under it, with any cache. Positions are the row's: left padding counts as tokens, sinks included.
+models run unchanged under it, with any cache. Left padding counts as tokens: it takes the place of sinks, and widens
+the range of keys in the blocks that it shares with text. For figures to report, run rows of equal length.
 """
 
 from typing import Any

@@ -39,7 +39,7 @@ class ZipLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_
         """uint8 [batch, blocks, layer_bytes]: the sealed ones."""
         self.sinks = torch.empty(batch, 0, dtype=torch.uint8, device=device)
         """uint8 [batch, sinks_layer_bytes], once block 0 is sealed."""
-        # Softmax weights of each probe row of the open blocks. Rows, not their sum: a crop takes some of them back.
+        # Softmax weights of the open blocks' probe rows. Not their sum: after a crop, some rows are replaced.
         self._weights = torch.zeros(batch, 0, len(self._offsets), self._block_tokens, device=device)
         self._decoded = self.keys, self.values
         self.is_initialized = True
@@ -157,7 +157,6 @@ class ZipLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_
                 f"{self.keys.shape[-2]} of {self.get_seq_length()} are not sealed"
             )
         self.keys, self.values = self.keys[:, :, :kept], self.values[:, :, :kept]
-        self._weights = self._weights[:, : -(-kept // self._block_tokens)]
         self.observed = min(self.observed, self.get_seq_length())
 
     def reset(self) -> None:
