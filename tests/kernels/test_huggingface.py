@@ -141,7 +141,8 @@ def test_models_read_what_is_sealed(family: str, profile: str) -> None:
                 given = torch.cat([pieces[part] for pieces in cache.given[index]], 2)[row]
                 found = cache.returned[index][part][row]
                 sealed = decoded[part].transpose(0, 1).flatten(1, 2)
-                torch.testing.assert_close(found[:, : 2 * BLOCK], sealed, rtol=0, atol=1e-6)
+                # Rounding; one code beside another would be a thousand times that.
+                torch.testing.assert_close(found[:, : 2 * BLOCK], sealed, rtol=0, atol=1e-5)
                 assert torch.equal(found[:, 2 * BLOCK :], given[:, 2 * BLOCK :])
                 torch.testing.assert_close(found[:, :SINK_TOKENS], given[:, :SINK_TOKENS], rtol=2e-3, atol=2e-3)
                 error = (found - given)[:, SINK_TOKENS : 2 * BLOCK].norm() / given[:, SINK_TOKENS : 2 * BLOCK].norm()
