@@ -9,19 +9,38 @@
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")  // of a short loop over vectors: otherwise they live in memory
 
-// How many sums of sixteen lanes a loop can keep in registers, beside its operands.
-#if defined(__AVX512F__)
-#define VECTOR_SUMS 16
-#else
-#define VECTOR_SUMS 4
-#endif
-
 typedef float f32x4 __attribute__((vector_size(16), aligned(4)));
 typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
 typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1)));
+
+// The CPU's own vectors, for inner loops over sums: compilers keep wider ones in memory. NATIVE_SUMS is how many sums
+// stay in registers beside their operands.
+#if defined(__AVX512F__)
+#define NATIVE_LANES 16
+#define NATIVE_SUMS 16
+#elif defined(__AVX__)
+#define NATIVE_LANES 8
+#define NATIVE_SUMS 8
+#else
+#define NATIVE_LANES 4
+#define NATIVE_SUMS 8
+#endif
+typedef float native_f32 __attribute__((vector_size(4 * NATIVE_LANES), aligned(4)));
+typedef int32_t native_i32 __attribute__((vector_size(4 * NATIVE_LANES), aligned(4)));
+typedef uint32_t native_u32 __attribute__((vector_size(4 * NATIVE_LANES), aligned(4)));
+
+static inline native_f32 load_native(const float *p) { return *(const native_f32 *)p; }
+static inline void store_native(float *p, native_f32 x) { *(native_f32 *)p = x; }
+
+// The first n lanes; the others are 0 and not read.
+static inline native_f32 load_part(const float *p, int n) {
+    float lanes[NATIVE_LANES] = {0};
+    memcpy(lanes, p, n * sizeof(float));
+    return load_native(lanes);
+}
 
 static inline f32x16 splat(float x) { return x - (f32x16){0}; }
 static inline f32x16 load16(const float *p) { return *(const f32x16 *)p; }
@@ -31,13 +50,6 @@ static inline u32x16 load_words(const void *p) { return *(const u32x16 *)p; }
 static inline f32x16 load_bytes(const uint8_t *p) {
     const u16x16 wide = __builtin_convertvector(*(const u8x16 *)p, u16x16);  // in two steps, which compilers know
     return __builtin_convertvector((i32x16)__builtin_convertvector(wide, u32x16), f32x16);
-}
-
-// The first n lanes; the others are 0 and not read.
-static inline f32x16 load_part(const float *p, int n) {
-    float lanes[LANES] = {0};
-    memcpy(lanes, p, n * sizeof(float));
-    return load16(lanes);
 }
 
 // float16, by integers: compilers convert _Float16 lane by lane. 2^112 makes up for the exponents' biases.
@@ -79,13 +91,13 @@ static inline float max_lanes(f32x16 x) {
 }
 
 // Sum of the lanes of each of four vectors.
-ALWAYS_INLINE f32x4 sum_lanes4(f32x16 a, f32x16 b, f32x16 c, f32x16 d) {
-    f32x16 of[4] = {a, b, c, d};
+ALWAYS_INLINE f32x4 sum_lanes4(const native_f32 of[4]) {
     f32x4 q[4];
     UNROLL for (int i = 0; i < 4; i++) {
-        f32x4 part[4];
+        f32x4 part[NATIVE_LANES / 4];
         memcpy(part, &of[i], sizeof part);
-        q[i] = (part[0] + part[1]) + (part[2] + part[3]);
+        q[i] = part[0];
+        UNROLL for (int j = 1; j < NATIVE_LANES / 4; j++) q[i] += part[j];
     }
     const f32x4 ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
     const f32x4 cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);

@@ -11,8 +11,12 @@
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 
-// How many vectors of columns to sum at once for a tile of `heads`.
-#define TILE_VECTORS(heads) ((heads) * 4 <= VECTOR_SUMS ? 4 : (heads) * 2 <= VECTOR_SUMS ? 2 : 1)
+// How many native vectors of columns to sum at once for a tile of `heads`, which is a constant.
+#define MAX_VECTORS (64 / NATIVE_LANES)
+#define TILE_VECTORS(heads) \
+    ((heads) * MAX_VECTORS <= NATIVE_SUMS       ? MAX_VECTORS \
+     : (heads) * MAX_VECTORS / 2 <= NATIVE_SUMS ? MAX_VECTORS / 2 \
+                                                : MAX_VECTORS / 4)
 
 typedef enum { FLOAT32, FLOAT16, BFLOAT16 } Type;
 

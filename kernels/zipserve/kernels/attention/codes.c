@@ -14,31 +14,31 @@ __attribute__((constructor)) static void fill_scales(void) {
 }
 
 // Element k of words; of 3 bits `lower` holds the lowest bit, and `upper` the others.
-ALWAYS_INLINE f32x16 code_at(u32x16 upper, u32x16 lower, const int bits, const int k) {
-    u32x16 code;
+ALWAYS_INLINE native_f32 code_at(native_u32 upper, native_u32 lower, const int bits, const int k) {
+    native_u32 code;
     if (bits == 3)
         code = ((k ? upper >> (2 * k - 1) : upper << 1) & 6) | ((lower >> k) & 1);
     else
         code = (upper >> (bits * k)) & ((1 << bits) - 1);
-    return __builtin_convertvector((i32x16)code, f32x16);
+    return __builtin_convertvector((native_i32)code, native_f32);
 }
 
-// sums[h][column] += sum over i of factors[h][i] * code[i][column], for `vectors` * LANES columns.
+// sums[h][column] += sum over i of factors[h][i] * code[i][column], for `vectors` * NATIVE_LANES columns.
 ALWAYS_INLINE void multiply_columns(const uint32_t *upper_row, const uint32_t *lower_row, int contracted, int columns,
                                     const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride,
                                     const int bits, const int heads, const int vectors) {
     const int per_word = bits == 4 ? 8 : 16;
-    f32x16 acc[TILE_HEADS][4];
+    native_f32 acc[TILE_HEADS][MAX_VECTORS];
     UNROLL for (int h = 0; h < heads; h++)
-        UNROLL for (int v = 0; v < vectors; v++) acc[h][v] = load16(sums + h * sum_stride + LANES * v);
+        UNROLL for (int v = 0; v < vectors; v++) acc[h][v] = load_native(sums + h * sum_stride + NATIVE_LANES * v);
     for (int i = 0; i < contracted; i += per_word) {
-        u32x16 upper[4], lower[4];
+        native_u32 upper[MAX_VECTORS], lower[MAX_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
-            upper[v] = load_words(upper_row + LANES * v);
-            if (bits == 3) lower[v] = load_words(lower_row + LANES * v) >> (i % 32);
+            upper[v] = *(const native_u32 *)(upper_row + NATIVE_LANES * v);
+            if (bits == 3) lower[v] = *(const native_u32 *)(lower_row + NATIVE_LANES * v) >> (i % 32);
         }
         UNROLL for (int k = 0; k < per_word; k++) {
-            f32x16 code[4];
+            native_f32 code[MAX_VECTORS];
             UNROLL for (int v = 0; v < vectors; v++) code[v] = code_at(upper[v], lower[v], bits, k);
             UNROLL for (int h = 0; h < heads; h++)
                 UNROLL for (int v = 0; v < vectors; v++) acc[h][v] += code[v] * factors[h * factor_stride + i + k];
@@ -47,7 +47,7 @@ ALWAYS_INLINE void multiply_columns(const uint32_t *upper_row, const uint32_t *l
         if (i % 32) lower_row += columns;  // a word of the plane of one bit lasts for two of the other
     }
     UNROLL for (int h = 0; h < heads; h++)
-        UNROLL for (int v = 0; v < vectors; v++) store16(sums + h * sum_stride + LANES * v, acc[h][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store_native(sums + h * sum_stride + NATIVE_LANES * v, acc[h][v]);
 }
 
 ALWAYS_INLINE void multiply_tile(const Region *region, const uint8_t *segment, int contracted, int columns,
@@ -55,12 +55,12 @@ ALWAYS_INLINE void multiply_tile(const Region *region, const uint8_t *segment, i
                                  const int bits, const int heads) {
     const uint32_t *upper = (const uint32_t *)(segment + region->planes[0]);
     const uint32_t *lower = (const uint32_t *)(segment + region->planes[1]);
-    const int vectors = TILE_VECTORS(heads);
+    const int vectors = TILE_VECTORS(heads), width = vectors * NATIVE_LANES;
     int c = 0;
-    for (; c + vectors * LANES <= columns; c += vectors * LANES)
+    for (; c + width <= columns; c += width)
         multiply_columns(upper + c, lower + c, contracted, columns, factors, factor_stride, sums + c, sum_stride, bits,
                          heads, vectors);
-    for (; c < columns; c += LANES)
+    for (; c < columns; c += NATIVE_LANES)
         multiply_columns(upper + c, lower + c, contracted, columns, factors, factor_stride, sums + c, sum_stride, bits,
                          heads, 1);
 }

@@ -1,25 +1,27 @@
 // Keys and values that are numbers: blocks of the raw codec, the open block, sinks.
 #include "attention.h"
 
-ALWAYS_INLINE f32x16 load_up_to(const float *p, int n) { return n >= LANES ? load16(p) : load_part(p, n); }
+ALWAYS_INLINE native_f32 load_up_to(const float *p, int n) {
+    return n >= NATIVE_LANES ? load_native(p) : load_part(p, n);
+}
 
 // Four tokens at a time; lanes are channels. Writes up to three logits behind the last one.
 void zs_plain_logits(const float *keys, int tokens, int dim, const float *queries, const Tile *tile) {
-    const int whole = dim / LANES * LANES;
+    const int whole = dim / NATIVE_LANES * NATIVE_LANES;
     for (int token = 0; token < tokens; token += 4) {
         const float *rows[4];
         for (int i = 0; i < 4; i++) rows[i] = keys + (int64_t)MIN(token + i, tokens - 1) * dim;
         for (int h = 0; h < tile->heads; h++) {
             const float *query = queries + h * PADDED(dim);
-            f32x16 sums[4] = {{0}};
-            for (int c = 0; c < whole; c += LANES) {
-                const f32x16 q = load16(query + c);
-                UNROLL for (int i = 0; i < 4; i++) sums[i] += q * load16(rows[i] + c);
+            native_f32 sums[4] = {{0}};
+            for (int c = 0; c < whole; c += NATIVE_LANES) {
+                const native_f32 q = load_native(query + c);
+                UNROLL for (int i = 0; i < 4; i++) sums[i] += q * load_native(rows[i] + c);
             }
             if (whole < dim)
                 UNROLL for (int i = 0; i < 4; i++)
-                    sums[i] += load16(query + whole) * load_part(rows[i] + whole, dim - whole);
-            const f32x4 found = sum_lanes4(sums[0], sums[1], sums[2], sums[3]);
+                    sums[i] += load_native(query + whole) * load_part(rows[i] + whole, dim - whole);
+            const f32x4 found = sum_lanes4(sums);
             memcpy(tile->logits + h * tile->stride + token, &found, sizeof found);
         }
     }
@@ -28,27 +30,27 @@ void zs_plain_logits(const float *keys, int tokens, int dim, const float *querie
 // The first `columns` channels, which `vectors` vectors hold.
 ALWAYS_INLINE void add_columns(const float *values, int tokens, int dim, int columns, const Tile *tile, float *sums,
                                const int heads, const int vectors) {
-    f32x16 acc[TILE_HEADS][4];
+    native_f32 acc[TILE_HEADS][MAX_VECTORS];
     UNROLL for (int h = 0; h < heads; h++)
-        UNROLL for (int v = 0; v < vectors; v++) acc[h][v] = load16(sums + h * PADDED(dim) + LANES * v);
+        UNROLL for (int v = 0; v < vectors; v++) acc[h][v] = load_native(sums + h * PADDED(dim) + NATIVE_LANES * v);
     const float *weights = tile->logits;
     const int64_t stride = tile->stride;
     for (int token = 0; token < tokens; token++, values += dim) {
         UNROLL for (int v = 0; v < vectors; v++) {
-            const f32x16 x = load_up_to(values + LANES * v, columns - LANES * v);
+            const native_f32 x = load_up_to(values + NATIVE_LANES * v, columns - NATIVE_LANES * v);
             UNROLL for (int h = 0; h < heads; h++) acc[h][v] += x * weights[h * stride + token];
         }
     }
     UNROLL for (int h = 0; h < heads; h++)
-        UNROLL for (int v = 0; v < vectors; v++) store16(sums + h * PADDED(dim) + LANES * v, acc[h][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store_native(sums + h * PADDED(dim) + NATIVE_LANES * v, acc[h][v]);
 }
 
 ALWAYS_INLINE void add_values(const float *values, int tokens, int dim, const Tile *tile, const int heads) {
-    const int vectors = TILE_VECTORS(heads), width = vectors * LANES;
+    const int vectors = TILE_VECTORS(heads), width = vectors * NATIVE_LANES;
     int c = 0;
     for (; c + width <= dim; c += width)
         add_columns(values + c, tokens, dim, width, tile, tile->sums + c, heads, vectors);
-    for (; c < dim; c += LANES) add_columns(values + c, tokens, dim, MIN(dim - c, LANES), tile, tile->sums + c, heads, 1);
+    for (; c < dim; c += NATIVE_LANES) add_columns(values + c, tokens, dim, MIN(dim - c, NATIVE_LANES), tile, tile->sums + c, heads, 1);
 }
 
 void zs_plain_values(const float *values, int tokens, int dim, const Tile *tile) {

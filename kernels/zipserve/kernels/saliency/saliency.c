@@ -10,7 +10,7 @@
 
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-#if VECTOR_SUMS >= 16
+#if NATIVE_LANES == 16
 #define TILE_VECTORS 3  // of query rows
 #define TILE_KEYS 8
 #else
@@ -94,36 +94,36 @@ static void fill_tile(const Saliency *s, const Item *item, Tile *tile) {
 }
 
 ALWAYS_INLINE void multiply_keys(const float *keys, int64_t stride, int dim, const float *queries, float *scores,
-                                 const int count, const int vectors) {
-    f32x16 sums[TILE_KEYS][TILE_VECTORS] = {{{0}}};
-    for (int c = 0; c < dim; c++, queries += vectors * LANES) {
-        f32x16 q[TILE_VECTORS];
-        UNROLL for (int v = 0; v < vectors; v++) q[v] = load16(queries + v * LANES);
-        UNROLL for (int k = 0; k < count; k++)
-            UNROLL for (int v = 0; v < vectors; v++) sums[k][v] += q[v] * keys[k * stride + c];
+                                 const int count, const int width) {
+    const int vectors = width / NATIVE_LANES;
+    native_f32 sums[TILE_KEYS][TILE_VECTORS * LANES / NATIVE_LANES] = {{{0}}};
+    for (int c = 0; c < dim; c++) {
+        UNROLL for (int v = 0; v < vectors; v++) {
+            const native_f32 q = load_native(queries + c * width + v * NATIVE_LANES);
+            UNROLL for (int k = 0; k < count; k++) sums[k][v] += q * keys[k * stride + c];
+        }
     }
     UNROLL for (int k = 0; k < count; k++)
-        UNROLL for (int v = 0; v < vectors; v++) store16(scores + (k * vectors + v) * LANES, sums[k][v]);
+        UNROLL for (int v = 0; v < vectors; v++) store_native(scores + k * width + v * NATIVE_LANES, sums[k][v]);
 }
 
 ALWAYS_INLINE void multiply_tile(const float *keys, int64_t stride, int count, int dim, const Tile *tile,
-                                 const int vectors) {
+                                 const int width) {
     int k = 0;
     for (; k + TILE_KEYS <= count; k += TILE_KEYS)
-        multiply_keys(keys + k * stride, stride, dim, tile->queries, tile->scores + k * vectors * LANES, TILE_KEYS,
-                      vectors);
+        multiply_keys(keys + k * stride, stride, dim, tile->queries, tile->scores + k * width, TILE_KEYS, width);
     for (; k < count; k++)
-        multiply_keys(keys + k * stride, stride, dim, tile->queries, tile->scores + k * vectors * LANES, 1, vectors);
+        multiply_keys(keys + k * stride, stride, dim, tile->queries, tile->scores + k * width, 1, width);
 }
 
 // Scores of keys [begin, begin + count): capped, and -infinity where a row does not see the key.
 static void score(const Saliency *s, const Item *item, const Tile *tile, int64_t begin, int count) {
     const float *keys = s->keys + item->kv_head * s->key_strides[0] + begin * s->key_strides[1];
     switch (item->vectors) {
-        case 1: multiply_tile(keys, s->key_strides[1], count, s->dim, tile, 1); break;
+        case 1: multiply_tile(keys, s->key_strides[1], count, s->dim, tile, 1 * LANES); break;
 #if TILE_VECTORS == 3
-        case 2: multiply_tile(keys, s->key_strides[1], count, s->dim, tile, 2); break;
-        case 3: multiply_tile(keys, s->key_strides[1], count, s->dim, tile, 3); break;
+        case 2: multiply_tile(keys, s->key_strides[1], count, s->dim, tile, 2 * LANES); break;
+        case 3: multiply_tile(keys, s->key_strides[1], count, s->dim, tile, 3 * LANES); break;
 #endif
     }
     const int64_t size = (int64_t)count * item->vectors * LANES;
