@@ -1,12 +1,13 @@
 // Decode attention: splits all rows into items, attends over each, and merges them.
 //
-// An item is a span of a row's sealed blocks, or its open block. Spans have a fixed length, so that results do not
-// depend on the number of threads.
+// An item is a span of a row's sealed blocks, or its open block, and is done in shares of a few KV heads. Spans have a
+// fixed length, so that results do not depend on the number of threads.
 #include "attention.h"
 #include <omp.h>
 #include <stdlib.h>
 
-#define SPAN_TOKENS 1024
+#define SPAN_TOKENS 512
+#define SHARE_TILES 4
 #define LOWEST -1e30f  // below every logit, yet no infinity, so that differences are numbers
 
 // Sealed blocks [begin, end) of a row; or its open block, where they are none.
@@ -18,7 +19,9 @@ typedef struct {
     const Attention *a;
     int key_stride, value_stride, slots;  // floats of a query and of a sum; slots of a block, padded
     int tiles;                            // of a KV head
+    int shares;                           // in which an item's tiles are done
     int64_t *row_items;                   // [rows + 1]: first item of each row, which is its open block
+    int64_t *left;                        // [rows]: shares of the row's items that are not done
     Item *items;
     float *queries, *rotated;  // [rows, heads, key_stride]: see Tile
     float *maxima, *totals;    // [items, heads]
@@ -28,6 +31,8 @@ typedef struct {
     float *scratch;            // [threads, scratch_size]
     int64_t scratch_size;
 } Plan;
+
+static int is_open(const Item *item) { return item->begin == item->end; }
 
 static int span_blocks(const Form *form) { return MAX(1, SPAN_TOKENS / form->block_tokens); }
 
@@ -52,6 +57,7 @@ static void list_items(const Plan *plan) {
         *item++ = (Item){row, 0, 0};
         for (int block = hidden_blocks(a, row); block < a->counts[row]; block += span)
             *item++ = (Item){row, block, MIN(block + span, a->counts[row])};
+        plan->left[row] = (item - plan->items - plan->row_items[row]) * plan->shares;
     }
     plan->row_items[a->rows] = item - plan->items;
 }
@@ -69,6 +75,7 @@ static int64_t lay_out(Plan *plan, char *memory, int64_t items) {
     const int block_tokens = a->form->block_tokens, wide = MAX(plan->key_stride, plan->value_stride);
     int64_t size = 0;
     plan->row_items = carve(&size, memory, (a->rows + 1) * sizeof *plan->row_items);
+    plan->left = carve(&size, memory, a->rows * sizeof *plan->left);
     plan->items = carve(&size, memory, items * sizeof *plan->items);
     plan->queries = carve(&size, memory, queries * plan->key_stride * number);
     plan->rotated = carve(&size, memory, queries * plan->key_stride * number);
@@ -92,17 +99,15 @@ static void prepare_query(const Plan *plan, int64_t index) {
     rotate_row(rotated, a->key_signs, dim, 0);
 }
 
-static void attend(const Plan *plan, int64_t index, float *scratch) {
+// Query heads of a KV head are split into tiles of nearly equal size; tiles are numbered through all KV heads.
+static Tile tile_of(const Plan *plan, int64_t at, int index, float *scratch) {
     const Attention *a = plan->a;
-    const int kv_heads = a->form->kv_heads, group = a->heads / kv_heads;
-    const int part = index % plan->tiles, kv_head = index / plan->tiles % kv_heads;
-    const int64_t at = index / plan->tiles / kv_heads;
-    const Item item = plan->items[at];
+    const Item *item = plan->items + at;
+    const int group = a->heads / a->form->kv_heads, kv_head = index / plan->tiles, part = index % plan->tiles;
     const int begin = part * group / plan->tiles, head = kv_head * group + begin;
-    const int64_t query = (int64_t)item.row * a->heads + head, result = at * a->heads + head;
-    const int is_open = item.begin == item.end;
-    Tile tile = {
-        .row = item.row,
+    const int64_t query = (int64_t)item->row * a->heads + head, result = at * a->heads + head;
+    return (Tile){
+        .row = item->row,
         .kv_head = kv_head,
         .heads = (part + 1) * group / plan->tiles - begin,
         .queries = plan->queries + query * plan->key_stride,
@@ -110,18 +115,38 @@ static void attend(const Plan *plan, int64_t index, float *scratch) {
         .maxima = plan->maxima + result,
         .totals = plan->totals + result,
         .sums = plan->sums + result * plan->value_stride,
-        .logits = is_open && a->weights ? plan->open_weights + query * plan->slots : scratch,
+        .logits = is_open(item) && a->weights ? plan->open_weights + query * plan->slots : scratch,
         .stride = plan->slots,
         .folded = scratch + TILE_HEADS * plan->slots,
         .wide = scratch + TILE_HEADS * (plan->slots + plan->key_stride),
     };
-    for (int h = 0; h < tile.heads; h++) {
-        tile.maxima[h] = LOWEST;
-        tile.totals[h] = 0;
+}
+
+// Some tiles of an item: block by block, since one block's KV heads are neighbours in memory.
+static void attend(const Plan *plan, int64_t index, float *scratch) {
+    const Attention *a = plan->a;
+    const int64_t at = index / plan->shares;
+    const Item *item = plan->items + at;
+    const int tiles = plan->tiles * a->form->kv_heads, share = index % plan->shares;
+    const int from = tiles * share / plan->shares, to = tiles * (share + 1) / plan->shares;
+    for (int t = from; t < to; t++) {
+        const Tile tile = tile_of(plan, at, t, scratch);
+        for (int h = 0; h < tile.heads; h++) {
+            tile.maxima[h] = LOWEST;
+            tile.totals[h] = 0;
+        }
+        memset(tile.sums, 0, tile.heads * plan->value_stride * sizeof *tile.sums);
+        if (is_open(item)) zs_attend_open(a, &tile);
     }
-    memset(tile.sums, 0, tile.heads * plan->value_stride * sizeof *tile.sums);
-    if (is_open) zs_attend_open(a, &tile);
-    for (int block = item.begin; block < item.end; block++) zs_attend_sealed(a, &tile, block, block + 1 == item.end);
+    for (int block = item->begin; block < item->end; block++)
+        for (int t = from; t < to; t++) {
+            Tile tile = tile_of(plan, at, t, scratch);
+            const int is_last = t + 1 == to, next_head = (is_last ? from : t + 1) / plan->tiles;
+            if (!is_last || block + 1 < item->end)
+                tile.ahead = zs_segment(a, item->row, block + is_last, next_head) -
+                             zs_segment(a, item->row, block, tile.kv_head);
+            zs_attend_sealed(a, &tile, block);
+        }
 }
 
 // Adds an item's values and total, which are relative to its own maximum, to those relative to `maximum`.
@@ -133,9 +158,10 @@ static void add_item(const Plan *plan, int64_t result, float maximum, float *tot
 }
 
 // Sealed values of the zip format are rotated; those of the open block are not.
-static void merge(const Plan *plan, int64_t index) {
+static void merge(const Plan *plan, int row, int head) {
     const Attention *a = plan->a;
-    const int row = index / a->heads, head = index % a->heads, dim = a->form->value_dim;
+    const int dim = a->form->value_dim;
+    const int64_t index = (int64_t)row * a->heads + head;
     const int64_t open = plan->row_items[row], end = plan->row_items[row + 1];
     float maximum = a->sink_logits ? a->sink_logits[head] : LOWEST;
     for (int64_t item = open; item < end; item++) maximum = MAX(maximum, plan->maxima[item * a->heads + head]);
@@ -149,7 +175,7 @@ static void merge(const Plan *plan, int64_t index) {
     plan->open_shares[index] = expf(plan->maxima[open * a->heads + head] - maximum) / total;
 }
 
-// Mean over heads of the open block's weights.
+// Mean over heads of the open block's weights, after all of them are merged.
 static void average(const Plan *plan, int row) {
     const Attention *a = plan->a;
     float *weights = a->weights + (int64_t)row * a->form->block_tokens;
@@ -167,6 +193,16 @@ static int64_t products(const Attention *a) {
     return blocks * a->form->block_tokens * a->heads * a->form->key_dim;
 }
 
+// The thread that does the last share of a row's items merges them.
+static void work(const Plan *plan, int64_t index, float *scratch) {
+    const Attention *a = plan->a;
+    const int row = plan->items[index / plan->shares].row;
+    attend(plan, index, scratch);
+    if (__atomic_sub_fetch(plan->left + row, 1, __ATOMIC_ACQ_REL)) return;
+    for (int head = 0; head < a->heads; head++) merge(plan, row, head);
+    if (a->weights) average(plan, row);
+}
+
 // Returns 0, or 1 where there is no memory.
 int zs_attention(const Attention *a) {
     const int group = a->heads / a->form->kv_heads;
@@ -177,6 +213,7 @@ int zs_attention(const Attention *a) {
         .slots = PADDED(a->form->block_tokens),
         .tiles = (group + TILE_HEADS - 1) / TILE_HEADS,
     };
+    plan.shares = (plan.tiles * a->form->kv_heads + SHARE_TILES - 1) / SHARE_TILES;
     const int64_t items = count_items(a), queries = (int64_t)a->rows * a->heads;
     char *memory = aligned_alloc(64, lay_out(&plan, NULL, items));
     if (!memory) return 1;
@@ -187,15 +224,8 @@ int zs_attention(const Attention *a) {
         float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < queries; index++) prepare_query(&plan, index);
-#pragma omp for schedule(dynamic)
-        for (int64_t index = 0; index < items * a->form->kv_heads * plan.tiles; index++)
-            attend(&plan, index, scratch);
-#pragma omp for schedule(static)
-        for (int64_t index = 0; index < queries; index++) merge(&plan, index);
-        if (a->weights) {
-#pragma omp for schedule(static)
-            for (int row = 0; row < a->rows; row++) average(&plan, row);
-        }
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t index = 0; index < items * plan.shares; index++) work(&plan, index, scratch);
     }
     free(memory);
     return 0;

@@ -64,12 +64,15 @@ typedef struct {
     float *sums;                     // [heads][PADDED(value_dim)]: values, weighted likewise
     float *logits;                   // scratch [heads][stride], which turn into weights
     int64_t stride;                  // PADDED(block_tokens)
-    const uint8_t *next;             // the next block's segment for the KV head, or NULL
+    int64_t ahead;                   // from this segment to the one that will be read next, in bytes
     float *folded, *wide;            // scratch: [heads][key_dim]; a block's keys or values
 } Tile;
 
+// What a row's sealed block holds for a KV head.
+const uint8_t *zs_segment(const Attention *a, int row, int block, int kv_head);
+
 // Adds a sealed block of the tile's row to its sums, or the row's open block.
-void zs_attend_sealed(const Attention *a, Tile *tile, int block, int is_last);
+void zs_attend_sealed(const Attention *a, const Tile *tile, int block);
 void zs_attend_open(const Attention *a, const Tile *tile);
 
 // Logits of the slots of a block in the zip format, whose head's segment this is.

@@ -1,6 +1,14 @@
 // One block for one tile of query heads: logits, online softmax, values.
 #include "attention.h"
 
+static const uint8_t *layer_of(const Attention *a, int row, int block) {
+    return a->sealed + a->table[row * a->table_stride + block] * a->sealed_stride;
+}
+
+const uint8_t *zs_segment(const Attention *a, int row, int block, int kv_head) {
+    return layer_of(a, row, block) + a->form->heads_offset + kv_head * a->form->head_bytes;
+}
+
 // Hides tokens below the first visible position. `bitmap` tells which slots they stand in; NULL: those of their number.
 static void hide(int hidden, int tokens, const uint8_t *bitmap, const Tile *tile) {
     int hi = 0, lo = tokens / 2;
@@ -56,9 +64,9 @@ static void attend_plain(const Attention *a, const uint8_t *keys, const uint8_t 
 }
 
 // Sinks stand beside the first block, in whose first slots there is nothing.
-static void attend_zip(const Attention *a, const uint8_t *layer, int position, const Tile *tile) {
+static void attend_zip(const Attention *a, int block, int position, const Tile *tile) {
     const Form *form = a->form;
-    const uint8_t *segment = layer + form->heads_offset + tile->kv_head * form->head_bytes;
+    const uint8_t *layer = layer_of(a, tile->row, block), *segment = zs_segment(a, tile->row, block, tile->kv_head);
     const int64_t border = SINK_TOKENS * form->key_dim, numbers = border + SINK_TOKENS * form->value_dim;
     if (position == 0) {
         const uint8_t *sinks = a->sinks + a->sink_slabs[tile->row] * a->sinks_stride + tile->kv_head * numbers * 2;
@@ -74,19 +82,13 @@ static void attend_zip(const Attention *a, const uint8_t *layer, int position, c
     zs_zip_values(form, segment, tile);
 }
 
-static const uint8_t *layer_of(const Attention *a, int row, int block) {
-    return a->sealed + a->table[row * a->table_stride + block] * a->sealed_stride;
-}
-
-void zs_attend_sealed(const Attention *a, Tile *tile, int block, int is_last) {
+void zs_attend_sealed(const Attention *a, const Tile *tile, int block) {
     const Form *form = a->form;
-    const int64_t segment = form->heads_offset + tile->kv_head * form->head_bytes;
-    const uint8_t *layer = layer_of(a, tile->row, block);
     const int position = a->starts[tile->row] + block * form->block_tokens;
-    tile->next = is_last ? NULL : layer_of(a, tile->row, block + 1) + segment;
-    if (form->is_zip) return attend_zip(a, layer, position, tile);
+    if (form->is_zip) return attend_zip(a, block, position, tile);
     const int64_t width = form->type == FLOAT32 ? 4 : 2;
-    const uint8_t *keys = layer + segment, *values = keys + width * form->block_tokens * form->key_dim;
+    const uint8_t *keys = zs_segment(a, tile->row, block, tile->kv_head);
+    const uint8_t *values = keys + width * form->block_tokens * form->key_dim;
     attend_plain(a, keys, values, form->type, form->block_tokens, position, tile);
 }
 

@@ -23,17 +23,33 @@ ALWAYS_INLINE native_f32 code_at(native_u32 upper, native_u32 lower, const int b
     return __builtin_convertvector((native_i32)code, native_f32);
 }
 
-// sums[h][column] += sum over i of factors[h][i] * code[i][column], for `vectors` * NATIVE_LANES columns.
-ALWAYS_INLINE void multiply_columns(const uint32_t *upper_row, const uint32_t *lower_row, int contracted, int columns,
-                                    const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride,
-                                    const int bits, const int heads, const int vectors) {
+// sums[h][column] += sum over i of factors[h][i] * code[i][column]; strides in floats.
+typedef struct {
+    const Region *region;
+    const uint8_t *segment;
+    int64_t ahead;  // where to prefetch from
+    int contracted, columns;
+    const float *factors;
+    int64_t factor_stride;
+    float *sums;
+    int64_t sum_stride;
+} Product;
+
+// `vectors` native vectors of columns from `column` on.
+ALWAYS_INLINE void multiply_columns(const Product *p, int column, const int bits, const int heads, const int vectors) {
     const int per_word = bits == 4 ? 8 : 16;
+    const uint32_t *upper_row = (const uint32_t *)(p->segment + p->region->planes[0]) + column;
+    const uint32_t *lower_row = (const uint32_t *)(p->segment + p->region->planes[1]) + column;
+    const float *factors = p->factors;
+    const int64_t stride = p->factor_stride, ahead = p->ahead;
     native_f32 acc[TILE_HEADS][MAX_VECTORS];
     UNROLL for (int h = 0; h < heads; h++)
-        UNROLL for (int v = 0; v < vectors; v++) acc[h][v] = load_native(sums + h * sum_stride + NATIVE_LANES * v);
-    for (int i = 0; i < contracted; i += per_word) {
+        UNROLL for (int v = 0; v < vectors; v++)
+            acc[h][v] = load_native(p->sums + h * p->sum_stride + column + NATIVE_LANES * v);
+    for (int i = 0; i < p->contracted; i += per_word, factors += per_word) {
         native_u32 upper[MAX_VECTORS], lower[MAX_VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) {
+            __builtin_prefetch((const uint8_t *)(upper_row + NATIVE_LANES * v) + ahead);
             upper[v] = *(const native_u32 *)(upper_row + NATIVE_LANES * v);
             if (bits == 3) lower[v] = *(const native_u32 *)(lower_row + NATIVE_LANES * v) >> (i % 32);
         }
@@ -41,42 +57,27 @@ ALWAYS_INLINE void multiply_columns(const uint32_t *upper_row, const uint32_t *l
             native_f32 code[MAX_VECTORS];
             UNROLL for (int v = 0; v < vectors; v++) code[v] = code_at(upper[v], lower[v], bits, k);
             UNROLL for (int h = 0; h < heads; h++)
-                UNROLL for (int v = 0; v < vectors; v++) acc[h][v] += code[v] * factors[h * factor_stride + i + k];
+                UNROLL for (int v = 0; v < vectors; v++) acc[h][v] += code[v] * factors[h * stride + k];
         }
-        upper_row += columns;
-        if (i % 32) lower_row += columns;  // a word of the plane of one bit lasts for two of the other
+        upper_row += p->columns;
+        if (i % 32) lower_row += p->columns;  // a word of the plane of one bit lasts for two of the other
     }
     UNROLL for (int h = 0; h < heads; h++)
-        UNROLL for (int v = 0; v < vectors; v++) store_native(sums + h * sum_stride + NATIVE_LANES * v, acc[h][v]);
+        UNROLL for (int v = 0; v < vectors; v++)
+            store_native(p->sums + h * p->sum_stride + column + NATIVE_LANES * v, acc[h][v]);
 }
 
-ALWAYS_INLINE void multiply_tile(const Region *region, const uint8_t *segment, int contracted, int columns,
-                                 const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride,
-                                 const int bits, const int heads) {
-    const uint32_t *upper = (const uint32_t *)(segment + region->planes[0]);
-    const uint32_t *lower = (const uint32_t *)(segment + region->planes[1]);
+ALWAYS_INLINE void multiply_tile(const Product *p, const int bits, const int heads) {
     const int vectors = TILE_VECTORS(heads), width = vectors * NATIVE_LANES;
-    int c = 0;
-    for (; c + width <= columns; c += width)
-        multiply_columns(upper + c, lower + c, contracted, columns, factors, factor_stride, sums + c, sum_stride, bits,
-                         heads, vectors);
-    for (; c < columns; c += NATIVE_LANES)
-        multiply_columns(upper + c, lower + c, contracted, columns, factors, factor_stride, sums + c, sum_stride, bits,
-                         heads, 1);
+    int column = 0;
+    for (; column + width <= p->columns; column += width) multiply_columns(p, column, bits, heads, vectors);
+    for (; column < p->columns; column += NATIVE_LANES) multiply_columns(p, column, bits, heads, 1);
 }
 
-// Also begins to fetch the same region of the next segment: a quarter of it at a time, since the CPU does not keep more
-// loads than that under way.
-static void multiply(const Region *region, const uint8_t *segment, const uint8_t *next, int contracted, int columns,
-                     const float *factors, int64_t factor_stride, float *sums, int64_t sum_stride, int heads) {
-    if (next)
-        for (int64_t at = 0; at < (int64_t)contracted * columns * region->bits / 8; at += 64)
-            __builtin_prefetch(next + region->planes[0] + at);
-#define CASE(bits, heads)                                                                                         \
-    case 8 * bits + heads:                                                                                        \
-        return multiply_tile(region, segment, contracted, columns, factors, factor_stride, sums, sum_stride, bits, \
-                             heads);
-    switch (8 * region->bits + heads) {
+static void multiply(const Product *p, int heads) {
+#define CASE(bits, heads) \
+    case 8 * bits + heads: return multiply_tile(p, bits, heads);
+    switch (8 * p->region->bits + heads) {
         CASE(2, 1) CASE(2, 2) CASE(2, 3) CASE(2, 4)
         CASE(3, 1) CASE(3, 2) CASE(3, 3) CASE(3, 4)
         CASE(4, 1) CASE(4, 2) CASE(4, 3) CASE(4, 4)
@@ -104,7 +105,9 @@ void zs_zip_logits(const Form *form, const uint8_t *segment, const Tile *tile) {
     float *logits = tile->logits;
     for (const Region *region = form->keys; region < form->keys + 2; logits += region->tokens, region++) {
         for (int h = 0; h < heads; h++) memset(logits + h * tile->stride, 0, region->tokens * sizeof(float));
-        multiply(region, segment, tile->next, dim, region->tokens, tile->folded, dim, logits, tile->stride, heads);
+        const Product product = {region,       segment, tile->ahead, dim,         region->tokens,
+                                 tile->folded, dim,     logits,      tile->stride};
+        multiply(&product, heads);
         const float cell = 1.0f / (1 << region->bits);
         for (int h = 0; h < heads; h++)
             for (float *x = logits + h * tile->stride; x < logits + h * tile->stride + region->tokens; x += LANES)
@@ -133,7 +136,9 @@ void zs_zip_values(const Form *form, const uint8_t *segment, const Tile *tile) {
             for (float *x = tile->sums + h * dim; x < tile->sums + (h + 1) * dim; x += LANES)
                 store16(x, load16(x) + constant);
         }
-        multiply(region, segment, tile->next, region->tokens, dim, weights, tile->stride, tile->sums, dim, heads);
+        const Product product = {region,  segment,      tile->ahead, region->tokens, dim,
+                                 weights, tile->stride, tile->sums,  dim};
+        multiply(&product, heads);
         weights += region->tokens;
         of_slots += region->tokens;
     }

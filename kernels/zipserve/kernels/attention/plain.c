@@ -50,7 +50,8 @@ ALWAYS_INLINE void add_values(const float *values, int tokens, int dim, const Ti
     int c = 0;
     for (; c + width <= dim; c += width)
         add_columns(values + c, tokens, dim, width, tile, tile->sums + c, heads, vectors);
-    for (; c < dim; c += NATIVE_LANES) add_columns(values + c, tokens, dim, MIN(dim - c, NATIVE_LANES), tile, tile->sums + c, heads, 1);
+    for (; c < dim; c += NATIVE_LANES)
+        add_columns(values + c, tokens, dim, MIN(dim - c, NATIVE_LANES), tile, tile->sums + c, heads, 1);
 }
 
 void zs_plain_values(const float *values, int tokens, int dim, const Tile *tile) {

@@ -1,8 +1,8 @@
 // Probe scores: full-context softmax of a few query rows per block, of which the columns of the block itself are kept.
 //
 // Query rows (probe rows times the heads that share a KV head) are lanes, so that maxima and sums need no reduction;
-// keys are read as they lie. Earlier keys pass in chunks with an online softmax, the block's own keys come last. An item
-// is a block's tile of query rows; items are added in a fixed order, so that threads do not change the result.
+// keys are read as they lie. Earlier keys pass in chunks with an online softmax, the block's own keys come last. An
+// item is a block's tile of query rows; items are added in a fixed order, so that threads do not change the result.
 #include <omp.h>
 #include <stdlib.h>
 
@@ -56,8 +56,8 @@ static int list_items(const Saliency *s, Item *items) {
         const int tiles = (vectors + TILE_VECTORS - 1) / TILE_VECTORS, each = (vectors + tiles - 1) / tiles;
         for (int kv_head = 0; kv_head < s->kv_heads; kv_head++)
             for (int v = 0; v < vectors; v += each, count++)
-                if (items)
-                    items[count] = (Item){s->block[begin], kv_head, v * LANES, MIN(each, vectors - v), begin, end - begin};
+                if (items) items[count] = (Item){s->block[begin], kv_head, v * LANES, MIN(each, vectors - v),
+                                                 begin, end - begin};
     }
     return count;
 }
@@ -207,8 +207,10 @@ int zs_saliency(const Saliency *s) {
                 attend(s, items + i, &tile, parts + (int64_t)i * size);
         }
         memset(s->scores, 0, (int64_t)s->blocks * size * sizeof *s->scores);
-        for (int i = 0; i < count; i++)
-            for (int t = 0; t < size; t++) s->scores[(int64_t)items[i].block * size + t] += parts[(int64_t)i * size + t];
+        for (int i = 0; i < count; i++) {
+            float *scores = s->scores + (int64_t)items[i].block * size;
+            for (int t = 0; t < size; t++) scores[t] += parts[(int64_t)i * size + t];
+        }
     }
     free(items);
     free(parts);
