@@ -135,7 +135,7 @@ class _Values:
         squares = values.square().sum(-1)
         # Unbiased: <x, x'> = |x|^2, so that nothing is shrunk on average.
         scale = squares / (values * (index + 0.5) * steps).sum(-1).clamp_min(1e-30)
-        self.overflow = bool((scale > _SCALE_MAX).any())
+        self.overflow = not bool((scale <= _SCALE_MAX).all())  # nor is a NaN, of infinite squares, below it
         exponents = torch.round(EXPONENT_BIAS + EXPONENTS_PER_OCTAVE * torch.log2(scale.clamp_min(1e-30)))
         self.exponents = torch.where(squares > 0, exponents.clamp(0, 255), 0.0).to(torch.uint8)
         """[kv_heads, slots]"""
