@@ -1,0 +1,11 @@
+"""How far a Triton kernel may be from its reference: absolute, for inputs of size 1."""
+
+import torch
+
+ATTENTION = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 1e-2}
+"""By the query's dtype, in which products are made (of zipped blocks in float16 instead of bfloat16)."""
+WEIGHTS = 1e-5
+"""Of a softmax."""
+DECODED = 1e-5
+CELL = 1e-3
+"""Distance from a border between cells, in cells, at which a code may be its neighbour."""
