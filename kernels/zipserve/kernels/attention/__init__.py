@@ -95,6 +95,13 @@ def decode_attention(
         float32 [rows, heads, value_dim]; and float32 [rows, block_tokens]: the weight of each token of the open block,
         mean over heads, 0 behind its last token. None without `with_weights`.
     """
+    if query.is_cuda:
+        from zipserve.kernels.attention.triton_kernel import decode_attention_triton  # noqa: PLC0415  a CPU needs no Triton
+
+        return decode_attention_triton(
+            query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
+            with_weights=with_weights,
+        )  # fmt: skip
     attend: Attend = decode_attention_cpu if runs_on_cpu(query, sealed, open_blocks) else decode_attention_reference
     return attend(
         query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,

@@ -29,6 +29,10 @@ def dequantize(
         ValueError: a tensor has another shape or dtype, on the CPU.
         IndexError: a slab does not exist.
     """
+    if blocks.is_cuda:
+        from zipserve.kernels.dequantize.triton_kernel import dequantize_triton  # noqa: PLC0415  a CPU needs no Triton
+
+        return dequantize_triton(blocks, slabs, form, sinks, sink_slabs)
     if blocks.device.type == "cpu" and (library := native.load()) is not None:
         return _dequantize_cpu(library, blocks, slabs, form, sinks, sink_slabs)
     return dequantize_reference(blocks, slabs, form, sinks, sink_slabs)

@@ -41,6 +41,10 @@ def quantize(
         ValueError: a tensor has another shape or dtype, on the CPU.
         IndexError: a slab does not exist; on the CPU nothing is written then.
     """
+    if keys.is_cuda:
+        from zipserve.kernels.quantize.triton_kernel import quantize_triton  # noqa: PLC0415  a CPU needs no Triton
+
+        return quantize_triton(keys, values, hi, form, out, slabs, sinks, sink_slabs)
     if keys.device.type == "cpu" and (library := native.load()) is not None:
         return _quantize_cpu(library, keys, values, hi, form, out, slabs, sinks, sink_slabs)
     return quantize_reference(keys, values, hi, form, out, slabs, sinks, sink_slabs)

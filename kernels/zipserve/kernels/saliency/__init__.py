@@ -45,6 +45,10 @@ def probe_scores(
         float32 [b, block_tokens]: for each token of each block the sum over the block's rows of the weight, mean over
         heads; 0 where no row sees it.
     """
+    if query.is_cuda:
+        from zipserve.kernels.saliency.triton_kernel import probe_scores_triton  # noqa: PLC0415  a CPU needs no Triton
+
+        return probe_scores_triton(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
     scores = probe_scores_cpu if runs_on_cpu(query) else probe_scores_reference
     return scores(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
 
