@@ -4,6 +4,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "lanes.h"
+
 #define LANES 16
 #define WAKING_PRODUCTS (1 << 18)  // waking other threads costs more than this many multiplications
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
@@ -139,16 +141,8 @@ static inline f32x16 tanh16(f32x16 x) {
 
 // x R or, with `inverse`, x R^T, in place; see rotation.py. `signs` holds dim floats of +-1.
 static inline void rotate_row(float *x, const float *signs, int dim, int inverse) {
-    int size = dim & -dim;
-    if (!inverse)
-        for (int c = 0; c < dim; c++) x[c] *= signs[c];
-    for (int span = 1; span < size; span *= 2)
-        for (int base = 0; base < dim; base += 2 * span)
-            for (int c = base; c < base + span; c++) {
-                const float a = x[c], b = x[c + span];
-                x[c] = a + b;
-                x[c + span] = a - b;
-            }
-    const float scale = 1.0f / sqrtf((float)size);
-    for (int c = 0; c < dim; c++) x[c] *= inverse ? scale * signs[c] : scale;
+    float scaled[dim];
+    const float scale = 1.0f / sqrtf((float)(dim & -dim));
+    for (int c = 0; c < dim; c++) scaled[c] = x[c] * scale;
+    rotate_row_into(x, scaled, signs, dim, inverse);
 }
