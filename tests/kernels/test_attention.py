@@ -165,6 +165,18 @@ def test_open_block_and_query_of_other_types(dtype: torch.dtype) -> None:
     replace(case, query=case.query.to(dtype)).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_16_bits(dtype: torch.dtype) -> None:
+    """The only token's values come out as they are: subnormal numbers, infinities and NaN too."""
+    numbers = torch.arange(1 << 16).to(torch.uint16).view(dtype)[None, None, None]
+    form = RawFormat(1, 1, 1 << 16, 1, dtype)
+    nothing = torch.empty(0, form.layer_bytes, dtype=torch.uint8)
+    sealed = SealedBlocks(form, nothing, int32()[None], int32(0), int32(0), nothing, int32(0))
+    opened = OpenBlocks(torch.ones(1, 1, 1, 1, dtype=dtype), numbers, int32(0), int32(1))
+    found, _ = Case(torch.ones(1, 1, 1), sealed, opened, int32(0), 1.0).run()
+    torch.testing.assert_close(found[0, 0], numbers[0, 0, 0].float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_types_that_the_kernel_does_not_read() -> None:
     case = case_of(RawFormat(2, 16, 16, 8, torch.float64), 2, dtype=torch.float64)
     assert not runs_on_cpu(case.query, case.sealed, case.open_blocks)

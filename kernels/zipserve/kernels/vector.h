@@ -12,6 +12,7 @@
 #define UNROLL _Pragma("GCC unroll 16")  // of a short loop over vectors: otherwise they live in memory
 
 typedef float f32x4 __attribute__((vector_size(16), aligned(4)));
+typedef int32_t i32x4 __attribute__((vector_size(16), aligned(4)));
 typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
@@ -92,6 +93,12 @@ static inline float max_lanes(f32x16 x) {
     return m;
 }
 
+#ifdef __clang__
+#define SHUFFLE4(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE4(a, b, ...) __builtin_shuffle(a, b, (i32x4){__VA_ARGS__})  // GCC has the other from 12 on only
+#endif
+
 // Sum of the lanes of each of four vectors.
 ALWAYS_INLINE f32x4 sum_lanes4(const native_f32 of[4]) {
     f32x4 q[4];
@@ -101,9 +108,9 @@ ALWAYS_INLINE f32x4 sum_lanes4(const native_f32 of[4]) {
         q[i] = part[0];
         UNROLL for (int j = 1; j < NATIVE_LANES / 4; j++) q[i] += part[j];
     }
-    const f32x4 ab = __builtin_shufflevector(q[0], q[1], 0, 4, 1, 5) + __builtin_shufflevector(q[0], q[1], 2, 6, 3, 7);
-    const f32x4 cd = __builtin_shufflevector(q[2], q[3], 0, 4, 1, 5) + __builtin_shufflevector(q[2], q[3], 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const f32x4 ab = SHUFFLE4(q[0], q[1], 0, 4, 1, 5) + SHUFFLE4(q[0], q[1], 2, 6, 3, 7);
+    const f32x4 cd = SHUFFLE4(q[2], q[3], 0, 4, 1, 5) + SHUFFLE4(q[2], q[3], 2, 6, 3, 7);
+    return SHUFFLE4(ab, cd, 0, 1, 4, 5) + SHUFFLE4(ab, cd, 2, 3, 6, 7);
 }
 
 // e^x, relative error 2e-7; 0 below -87, also for -infinity. Reduction to |r| <= ln 2 / 2, then a Taylor polynomial.
