@@ -4,11 +4,14 @@ Both happen in processes of their own: the interpreter must be chosen before Tri
 given a driver of a device that is not there.
 """
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,3 +48,19 @@ def test_compiled_kernels_fit_the_device(target: str, tmp_path: Path) -> None:
     for kernel in kernels:
         assert kernel["spills"] == 0, kernel
         assert kernel["shared_bytes"] <= triton_resources.SHARED_BYTES_MAX[target], kernel
+
+
+@pytest.mark.parametrize(
+    "name", ["quantize.quantize", "dequantize.dequantize", "attention.decode_attention", "saliency.probe_scores"]
+)
+def test_cuda_tensors_go_to_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every argument at its place."""
+    package, function = name.split(".")
+    public = getattr(importlib.import_module(f"zipserve.kernels.{package}"), function)
+    module = importlib.import_module(f"zipserve.kernels.{package}.triton_kernel")
+    kernel, called = getattr(module, f"{function}_triton"), Mock()
+    monkeypatch.setattr(module, f"{function}_triton", called)
+    arguments = {parameter: Mock(is_cuda=True) for parameter in inspect.signature(public).parameters}
+    assert public(**arguments) is called.return_value
+    given = inspect.signature(kernel).bind(*called.call_args.args, **called.call_args.kwargs)
+    assert given.arguments == arguments
