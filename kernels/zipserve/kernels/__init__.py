@@ -1,1 +1,1 @@
-"""Operations on KV blocks, one folder each: a plain reference, a CPU kernel in C, later a Triton kernel."""
+"""Operations on KV blocks, one folder each: a plain reference, a CPU kernel in C, a Triton kernel."""
