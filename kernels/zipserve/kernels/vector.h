@@ -17,7 +17,6 @@ typedef float f32x16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4)));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2)));
-typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1)));
 
 // The CPU's own vectors, for inner loops over sums: compilers keep wider ones in memory. NATIVE_SUMS is how many sums
 // stay in registers beside their operands.
@@ -49,11 +48,6 @@ static inline f32x16 splat(float x) { return x - (f32x16){0}; }
 static inline f32x16 load16(const float *p) { return *(const f32x16 *)p; }
 static inline void store16(float *p, f32x16 x) { *(f32x16 *)p = x; }
 static inline u32x16 load_words(const void *p) { return *(const u32x16 *)p; }
-
-static inline f32x16 load_bytes(const uint8_t *p) {
-    const u16x16 wide = __builtin_convertvector(*(const u8x16 *)p, u16x16);  // in two steps, which compilers know
-    return __builtin_convertvector((i32x16)__builtin_convertvector(wide, u32x16), f32x16);
-}
 
 // float16, by integers: compilers convert _Float16 lane by lane. 2^112 makes up for the exponents' biases.
 static inline f32x16 load_half(const void *p) {
