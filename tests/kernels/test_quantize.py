@@ -150,6 +150,10 @@ def an_outlier_token(x: torch.Tensor) -> None:
     x[:, :, 9] *= 1000
 
 
+def below_normal_float16(x: torch.Tensor) -> None:
+    x *= 1e-5
+
+
 def tiny(x: torch.Tensor) -> None:
     x *= 1e-9
 
@@ -159,7 +163,8 @@ def large(x: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [zeros, a_row_of_zeros, equal_rows, an_outlier_channel, an_outlier_token, tiny, large]
+    "change",
+    [zeros, a_row_of_zeros, equal_rows, an_outlier_channel, an_outlier_token, below_normal_float16, tiny, large],
 )
 @pytest.mark.parametrize("profile", ["4/32", "43/32"])
 def test_unusual_numbers(change: Any, profile: str) -> None:

@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "half.h"
+
 #define SINK_TOKENS 4
 #define HEAD_DIM_MULTIPLE 16  // compilers that know it make no loops for the rest
 
@@ -44,9 +46,9 @@ static inline int missing_slab(const struct zip_slabs *slabs, int blocks, int64_
 }
 
 // A head's sinks of its keys or values, [SINK_TOKENS][dim], in the sinks' layer of its block; null stays null.
-static inline _Float16 *head_sinks(const struct zip_format *form, uint8_t *layer, int head, int of_values) {
+static inline half *head_sinks(const struct zip_format *form, uint8_t *layer, int head, int of_values) {
     const int64_t elements = (int64_t)head * (form->key_dim + form->value_dim) + (of_values ? form->key_dim : 0);
-    return layer ? (_Float16 *)layer + SINK_TOKENS * elements : 0;
+    return layer ? (half *)layer + SINK_TOKENS * elements : 0;
 }
 
 // The slot of each token: the hi class first, ascending positions inside a class.

@@ -11,7 +11,7 @@ struct task {
     const struct zip_format *form;
     const int32_t *slots;    // of each token
     const uint8_t *segment;  // of the head
-    const _Float16 *sinks;   // of the head, or null
+    const half *sinks;       // of the head, or null
     float *out;              // [block_tokens][dim]
 };
 
@@ -43,19 +43,19 @@ INLINE void unpack_value(const uint8_t *words, int dim, const int bits, int shif
 // Rotates a row back to where it belongs; those of the sinks are in float16 instead.
 static inline void put_row(const struct task *task, int token, float *row, const float *factors, int dim) {
     if (task->sinks && token < SINK_TOKENS)
-        for (int c = 0; c < dim; c++) row[c] = (float)task->sinks[token * dim + c];
+        for (int c = 0; c < dim; c++) row[c] = from_half(task->sinks[token * dim + c]);
     rotate_row_into(task->out + token * dim, row, factors, dim, 1);
 }
 
 static void dequantize_keys(const struct task *task) {
     const struct zip_format *form = task->form;
     const int dim = form->key_dim & -HEAD_DIM_MULTIPLE, hi_tokens = form->keys[0].tokens;
-    const _Float16 *lo = (const _Float16 *)task->segment, *width = lo + dim;
+    const half *lo = (const half *)task->segment, *width = lo + dim;
     ALIGNED float cell[2][dim], middle[2][dim];  // of each class: width of a cell, and the middle of the lowest one
     for (int is_lo = 0; is_lo < 2; is_lo++)
         for (int c = 0; c < dim; c++) {
-            cell[is_lo][c] = (float)width[c] / (float)(1 << form->keys[is_lo].bits);
-            middle[is_lo][c] = (float)lo[c] + 0.5f * cell[is_lo][c];
+            cell[is_lo][c] = from_half(width[c]) / (float)(1 << form->keys[is_lo].bits);
+            middle[is_lo][c] = from_half(lo[c]) + 0.5f * cell[is_lo][c];
         }
     for (int t = 0; t < form->block_tokens; t++) {
         const int is_lo = task->slots[t] >= hi_tokens;
@@ -80,10 +80,7 @@ static void dequantize_keys(const struct task *task) {
 static inline float scale_of(uint8_t e) {
     static const float eighths[8] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
                                      1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
-    const uint32_t bits = (uint32_t)(127 - 20 + e / 8) << 23;
-    float octave;
-    memcpy(&octave, &bits, 4);
-    return octave * eighths[e % 8];
+    return float_from((uint32_t)(127 - 20 + e / 8) << 23) * eighths[e % 8];
 }
 
 static void dequantize_values(const struct task *task) {

@@ -34,7 +34,7 @@ struct task {
     struct rows rows, next;  // its own, and those of the thread's next task or null
     const int32_t *slots;    // of each token
     uint8_t *segment;        // of the head
-    _Float16 *sinks;         // of the head, or null
+    half *sinks;             // of the head, or null
 };
 
 // Fetches one row into the second-level cache.
@@ -58,9 +58,9 @@ static int rotate_rows(const struct task *task, const float *factors, int dim, f
     for (int t = 0; t < SINK_TOKENS && task->sinks; t++)
         for (int c = 0; c < dim; c++) {
             const float x = out[task->slots[t] * dim + c];
-            const _Float16 half = (_Float16)x;
-            task->sinks[t * dim + c] = half;
-            refused |= !isfinite(x) ? NON_FINITE : !isfinite((float)half) ? OUT_OF_RANGE : 0;
+            const half stored = to_half(x);
+            task->sinks[t * dim + c] = stored;
+            refused |= !isfinite(x) ? NON_FINITE : !is_finite(stored) ? OUT_OF_RANGE : 0;
         }
     return refused;
 }
@@ -144,14 +144,14 @@ static int quantize_keys(const struct task *task) {
     ALIGNED float rows[tokens * dim], lo[dim], width[dim];
     int refused = rotate_rows(task, form->key_factors, dim, rows);
     if (!channel_range(rows + sinks * dim, tokens - sinks, dim, lo, width)) refused |= NON_FINITE;
-    _Float16 *stored = (_Float16 *)task->segment;
+    half *stored = (half *)task->segment;
     for (int c = 0; c < dim; c++) {
-        stored[c] = (_Float16)lo[c];
-        lo[c] = (float)stored[c];
+        stored[c] = to_half(lo[c]);
+        lo[c] = from_half(stored[c]);
         const float wide = width[c] - lo[c];
-        stored[dim + c] = (_Float16)(wide > WIDTH_MIN ? wide : WIDTH_MIN);
-        width[c] = (float)stored[dim + c];
-        if (!isfinite(lo[c]) || !isfinite(width[c])) refused |= OUT_OF_RANGE;
+        stored[dim + c] = to_half(wide > WIDTH_MIN ? wide : WIDTH_MIN);
+        width[c] = from_half(stored[dim + c]);
+        if (!is_finite(stored[c]) || !is_finite(stored[dim + c])) refused |= OUT_OF_RANGE;
     }
     if (refused) return refused;
     const int hi_tokens = form->keys[0].tokens;
@@ -177,11 +177,11 @@ INLINE void sum_rows(const float *rows, int dim, const int squared, float *sums)
 }
 
 // Codes of one row of V. The row becomes its products with the centres of its cells, in cells.
-static inline void encode_value(float *row, int dim, float cells, float half, uint32_t *codes) {
+static inline void encode_value(float *row, int dim, float cells, float middle, uint32_t *codes) {
     for (int c = 0; c < dim; c++) {
-        const int32_t code = (int32_t)clip(row[c] * cells + half, 2 * half - 1);
+        const int32_t code = (int32_t)clip(row[c] * cells + middle, 2 * middle - 1);
         codes[c] = (uint32_t)code;
-        row[c] *= (float)code + (0.5f - half);
+        row[c] *= (float)code + (0.5f - middle);
     }
 }
 
@@ -189,11 +189,8 @@ static inline void encode_value(float *row, int dim, float cells, float half, ui
 static inline uint8_t exponent_of(float scale) {
     static const float borders[8] = {1.04427378f, 1.13878863f, 1.24185781f, 1.35425555f,
                                      1.47682615f, 1.61049033f, 1.75625216f, 1.91520656f};  // 2^((k + 1/2) / 8)
-    uint32_t bits;
-    memcpy(&bits, &scale, 4);
-    const uint32_t one_to_two = (bits & 0x7fffff) | 0x3f800000;
-    float mantissa;
-    memcpy(&mantissa, &one_to_two, 4);
+    const uint32_t bits = bits_of(scale);
+    const float mantissa = float_from((bits & 0x7fffff) | 0x3f800000);
     int e = 160 + 8 * ((int)(bits >> 23) - 127);
     for (int k = 0; k < 8; k++) e += mantissa >= borders[k];
     return (uint8_t)(e < 0 ? 0 : e > 255 ? 255 : e);
@@ -222,7 +219,7 @@ static int encode_values(
 ) {
     ALIGNED uint32_t codes[TILE * dim];
     ALIGNED float squares[TILE], cells[TILE], dots[TILE], scales[TILE];
-    const float half = (float)(1 << (region->bits - 1));
+    const float middle = (float)(1 << (region->bits - 1));  // the first code of positive values
     sum_rows(rows, dim, 1, squares);
     int over = 0;
     for (int s = 0; s < TILE; s++) over |= !(squares[s] <= FLT_MAX);
@@ -233,7 +230,7 @@ static int encode_values(
     }
     for (int s = 0; s < TILE; s++) {
         fetch(&task->next, start + s);
-        encode_value(rows + s * dim, dim, cells[s], half, codes + s * dim);
+        encode_value(rows + s * dim, dim, cells[s], middle, codes + s * dim);
     }
     sum_rows(rows, dim, 0, dots);
     for (int s = 0; s < TILE; s++) {
