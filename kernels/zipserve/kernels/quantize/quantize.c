@@ -284,7 +284,7 @@ int zs_quantize(
     if (wrong >= 0 || wrong_sinks >= 0) return wrong >= 0 ? wrong : wrong_sinks;
     const int heads = form->kv_heads, tokens = form->block_tokens;
     const int64_t tasks = 2 * (int64_t)heads * blocks;
-    memset(status, 0, blocks * sizeof *status);
+    for (int block = 0; block < blocks; block++) status[block] = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) if (tasks > 0)
     for (int64_t number = 0; number < tasks; number++) {
         const int64_t block = number / (2 * heads);
