@@ -55,13 +55,13 @@ INLINE i32xn combine(i32xn a, i32xn b, i32xn from, const int behind, const int f
     return floats ? (i32xn)((f32xn)x + (f32xn)y) : x | y;
 }
 
-// Lane i of the result combines all lanes of vector i of NARROW: their sum or, of integers, their bitwise or. Overwrites
-// the vectors. Each step joins two of them: the lanes listed, and those that stand behind them.
+// Lane i of the result combines all lanes of vector i of NARROW: their sum or, of integers, their bitwise or. It
+// overwrites the vectors. Each step joins two of them: the lanes listed, with those that stand behind them.
 INLINE i32xn reduce_lanes(i32xn *v, const int floats) {
     const i32xn lane = LANE_INDEX, quad = lane & ~3;
     const i32xn halves = (lane & 3) + (lane >> 2) * NARROW;              // a0 a1 a2 a3 b0 b1 b2 b3 with a4 .. b7
-    const i32xn singles = quad + (lane >> 1 & 1) + (lane & 1) * NARROW;  // in each quad a0 b0 a1 b1 with a2 b2 a3 b3
-    const i32xn pairs = quad + (lane & 1) + (lane >> 1 & 1) * NARROW;    // in each quad a0 a1 b0 b1 with a2 a3 b2 b3
+    const i32xn singles = quad + (lane >> 1 & 1) + (lane & 1) * NARROW;  // of each four a0 b0 a1 b1 with a2 b2 a3 b3
+    const i32xn pairs = quad + (lane & 1) + (lane >> 1 & 1) * NARROW;    // of each four a0 a1 b0 b1 with a2 a3 b2 b3
 #pragma GCC unroll 4
     for (int i = 0; i < NARROW - 4; i++) v[i] = combine(v[i], v[i + 4], halves, 4, floats);
     v[0] = combine(v[0], v[1], singles, 2, floats);

@@ -1,7 +1,7 @@
 // Decodes one layer of blocks of the zip format. One task is the keys or the values of one head of one block.
 //
-// Rows are decoded in the order of positions with channels as lanes, straight into the output, and rotated back there. A
-// word of V is one lane; a word of K is spread over the lanes of its channels.
+// Rows are decoded in the order of positions, with channels as lanes, and rotated back into the output. A word of V is
+// one lane; a word of K is spread over the lanes of its channels.
 #include <string.h>
 
 #include "lanes.h"

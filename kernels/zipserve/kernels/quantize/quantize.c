@@ -212,8 +212,8 @@ INLINE void pack_values(const uint32_t *codes, int dim, const int bits, int shif
         }
 }
 
-// Encodes the rows of TILE slots from `start` on, of which the first is the `index`-th of its class. Overwrites the rows.
-// Returns why they are refused, or 0.
+// Encodes the rows of TILE slots from `start` on, the first of which is the `index`-th of its class; overwrites
+// the rows. Returns why they are refused, or 0.
 static int encode_values(
     const struct task *task, const struct zip_region *region, int start, int index, float *rows, int dim
 ) {
@@ -254,7 +254,8 @@ static int encode_values(
 
 static int quantize_values(const struct task *task) {
     const struct zip_format *form = task->form;
-    const int dim = task->rows.dim & -HEAD_DIM_MULTIPLE, tokens = form->block_tokens, hi_tokens = form->values[0].tokens;
+    const int dim = task->rows.dim & -HEAD_DIM_MULTIPLE, tokens = form->block_tokens;
+    const int hi_tokens = form->values[0].tokens;
     ALIGNED float rows[tokens * dim];
     int refused = rotate_rows(task, form->value_factors, dim, rows);
     for (int start = 0; start < tokens; start += TILE) {
