@@ -27,7 +27,7 @@ from zipserve.engine.model import LoadedModel
 
 FULL, QUICK = Shape(), Shape(context_tokens=256, scored_tokens=64, queries=4)
 WINDOWS = {False: 8, True: 1}
-GREEDY_TOKENS = {False: 32, True: 8}
+GREEDY_TOKENS = {False: 16, True: 8}
 """By whether the run is quick."""
 
 
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--seed", type=int, default=0, help="draws the look-ups (default: 0)")
     options.add_argument("--greedy-tokens", type=report.whole(0), metavar="N",
-                         help="generated per window of text (default: 32; quick: 8)")  # fmt: skip
+                         help="generated per window of text (default: 16; quick: 8)")  # fmt: skip
     options.add_argument("--codecs", nargs="+", choices=CODECS, default=list(CODECS), metavar="CODEC",
                          help=f"what is measured (default: {' '.join(CODECS)})")  # fmt: skip
     options.add_argument("--model", default=models.DEFAULT_MODEL, help="folder or Hugging Face id (default: SmolLM2)")
