@@ -215,7 +215,7 @@ def test_bytes_can_be_made_again(model: LoadedModel, codec: str) -> None:
         assert (block_bytes(engine, layer, 0) != block_bytes(engine, layer, 1)).float().mean() < 0.005
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_fail_their_sequence_only(
     model: LoadedModel, codec: str, value: float, monkeypatch: pytest.MonkeyPatch
@@ -243,7 +243,7 @@ def test_values_that_are_not_finite_fail_their_sequence_only(
     torch.testing.assert_close(computed.logits[1], expected)
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("codec", CODECS)
 def test_a_tail_that_is_not_finite_is_refused(model: LoadedModel, codec: str) -> None:
     cache = engine_of(model, codec).cache
     cache.open_values[1, 0, 0, 3, 2] = torch.inf
@@ -252,7 +252,7 @@ def test_a_tail_that_is_not_finite_is_refused(model: LoadedModel, codec: str) ->
         cache.pack_tail(0, 4, 0)
 
 
-@pytest.mark.parametrize("codec", LOSSY)
+@pytest.mark.parametrize("codec", CODECS)
 def test_one_refused_block_of_several(model: LoadedModel, codec: str) -> None:
     layout = model.layout(codec=codec, block_tokens=BLOCK)
     cache = KvCache(layout, 4, 1, 1, 2)

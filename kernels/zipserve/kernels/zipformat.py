@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 FORMAT_VERSION = 1
+"""Part of every zip layout's fingerprint: it changes with anything here, the rotation or the probe rows."""
 SINK_TOKENS = 4
 BLOCK_TOKENS_MULTIPLE = 64
 """So that each class fills whole words of every plane of V."""

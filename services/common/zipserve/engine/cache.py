@@ -63,14 +63,13 @@ class KvCache:
         tail = self._tail(slab, tokens)
         keys, values = self.open_keys[:, slot, :, :tokens], self.open_values[:, slot, :, :tokens]
         if "heads" in tail:
+            self._refuse(status_of(keys, values))
             tail["heads"].copy_(torch.cat((keys.flatten(2), values.flatten(2)), 2))
             return
         key_codes, key_scales = encode_int8(keys)
         value_codes, value_scales = encode_int8(values)
         scales = torch.stack((key_scales, value_scales), -1)
-        for layer, status in enumerate(status_of(keys, values, scales).tolist()):
-            if status:
-                raise KvValueError(f"the tail of layer {layer} cannot be sealed: {REFUSALS[status]}")
+        self._refuse(status_of(keys, values, scales))
         tail["scales"].copy_(scales)
         tail["key_codes"].copy_(key_codes)
         tail["value_codes"].copy_(value_codes)
@@ -93,6 +92,13 @@ class KvCache:
         self.open_scores[:, slot] = 0
         if "scores" in tail:
             self.open_scores[:, slot, :tokens] = tail["scores"]
+
+    @staticmethod
+    def _refuse(statuses: torch.Tensor) -> None:
+        """Raises for the first layer of a tail whose status is not 0."""
+        for layer, status in enumerate(statuses.tolist()):
+            if status:
+                raise KvValueError(f"the tail of layer {layer} cannot be sealed: {REFUSALS[status]}")
 
     def _tail(self, slab: int, tokens: int) -> dict[str, torch.Tensor]:
         """Fields of a tail slab: [layers, *shape]."""

@@ -38,14 +38,15 @@ class WorkerSettings(ServiceSettings):
     codec: str = DEFAULT_CODEC
     """How blocks are coded, the same in the whole cluster: raw, int8, int4, zipcache, zip-4/4, zip-4/3, zip-4/32,
     zip-43/32, zip-4/2 or zip-3/2."""
-    block_tokens: int = Field(default=128, ge=16, multiple_of=16)
+    block_tokens: int = Field(default=128, ge=16, le=1024, multiple_of=16)
     """Tokens per block; zip codecs need a multiple of 64."""
     kv_blocks: int = Field(default=256, ge=1)
     """Slabs of the block arena."""
     kv_tails: int = Field(default=64, ge=1)
     """Slabs of the tail arena."""
-    kv_sinks: int = Field(default=64, ge=1)
-    """Slabs of the sinks arena, one for each sequence of a block or more; zip codecs only."""
+    kv_sinks: int | None = Field(default=None, ge=1)
+    """Slabs of the sinks arena, zip codecs only: one for each sequence of a block or more, so that it bounds how many
+    are held at once. Unset: as many as kv_tails or sequences_max, whichever is more."""
     sequences_max: int = Field(default=32, ge=1)
     """Most sequences computed in one step."""
     threads: int = Field(default=0, ge=0)
@@ -56,6 +57,11 @@ class WorkerSettings(ServiceSettings):
     """Most tokens of all waiting requests together; a request beyond is refused."""
     deadline_default_s: float = Field(default=600.0, gt=0.0)
     """Time for a call whose caller sets no deadline, in seconds."""
+
+    @property
+    def sinks(self) -> int:
+        """Slabs of the sinks arena, as set or by default."""
+        return self.kv_sinks or max(self.kv_tails, self.sequences_max)
 
     @field_validator("codec")
     @classmethod
@@ -146,7 +152,7 @@ class Device:
             settings.kv_blocks,
             settings.kv_tails,
             settings.sequences_max,
-            settings.kv_sinks,
+            settings.sinks,
             settings.device,
         )
         self.engine = Engine(self._model, self.cache)

@@ -53,7 +53,7 @@ class DecodeService:
             metrics=self.metrics,
         )
         self.scheduler = DecodeScheduler(
-            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.kv_sinks),
+            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks),
             slots=settings.sequences_max,
             queue_requests_max=settings.queue_requests_max,
             queue_tokens_max=settings.queue_tokens_max,

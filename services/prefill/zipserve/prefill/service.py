@@ -35,7 +35,7 @@ class PrefillService:
         self.metrics.bits_per_value.set(device.layout.bits_per_value())
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_PREFILL, address)
         self.scheduler: PrefillScheduler[Prompt] = PrefillScheduler(
-            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.kv_sinks),
+            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks),
             slots=settings.sequences_max,
             batch_tokens_max=settings.batch_tokens_max,
             queue_requests_max=settings.queue_requests_max,

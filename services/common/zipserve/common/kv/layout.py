@@ -13,7 +13,7 @@ from functools import cached_property
 from math import prod
 
 from zipserve.common.errors import LayoutMismatchError
-from zipserve.kernels.zipformat import PROFILES, SINK_TOKENS, ZipFormat
+from zipserve.kernels.zipformat import FORMAT_VERSION, PROFILES, SINK_TOKENS, ZipFormat
 
 LAYOUT_VERSION = 2
 HEADER_BYTES = 128
@@ -94,8 +94,9 @@ class Layout:
 
     @cached_property
     def fingerprint(self) -> bytes:
-        """sha256 over all fields, 32 bytes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).digest()
+        """sha256 over all fields, and for zip codecs the version of their format; 32 bytes."""
+        form = {"zip_format": FORMAT_VERSION} if self.zip_format else {}
+        return hashlib.sha256(json.dumps({**asdict(self), **form}, sort_keys=True).encode()).digest()
 
     @property
     def description(self) -> str:

@@ -199,7 +199,10 @@ class NixlTransport:
         moved_bytes = 0
         if read.handle is not None:
             if error is None:
-                moved_bytes = self._agent.get_xfer_telemetry(read.handle).totalBytes
+                try:
+                    moved_bytes = self._agent.get_xfer_telemetry(read.handle).totalBytes
+                except Exception as lost:  # noqa: BLE001
+                    error = TransferError(f"NIXL cannot say what it read from {read.peer}: {lost!r}")
             with suppress(Exception):
                 self._agent.release_xfer_handle(read.handle)
             read.handle = None

@@ -5,6 +5,7 @@ import torch
 from zipserve.common.kv.layout import Layout, SlabKind
 from zipserve.engine.codec.arenas import TORCH_DTYPES, Arenas, views
 from zipserve.engine.codec.interface import Sealed
+from zipserve.engine.codec.uniform import status_of
 from zipserve.kernels.attention import RawFormat
 
 
@@ -31,7 +32,7 @@ class RawCodec:
         scores: torch.Tensor | None,
     ) -> torch.Tensor | None:
         self._heads[slabs, layer] = torch.cat((keys.flatten(2), values.flatten(2)), dim=2)
-        return None
+        return status_of(keys, values)
 
     def read_blocks(
         self, layer: int, slabs: torch.Tensor, sink_slabs: torch.Tensor

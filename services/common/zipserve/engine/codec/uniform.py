@@ -41,9 +41,9 @@ def decode_int4(codes: torch.Tensor, minima: torch.Tensor, steps: torch.Tensor) 
 def status_of(blocks: torch.Tensor, values: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
     """int32 [n]: why each of n blocks must be refused, or 0; all tensors start with [n, ...]."""
     finite = torch.stack([part.flatten(1).isfinite().all(1) for part in (blocks, values)]).all(0)
-    held = torch.stack([part.flatten(1).isfinite().all(1) for part in parameters]).all(0)
     status = torch.zeros(len(blocks), dtype=torch.int32, device=blocks.device)
-    status[~held] = OUT_OF_RANGE
+    for part in parameters:
+        status[~part.flatten(1).isfinite().all(1)] = OUT_OF_RANGE
     status[~finite] = NON_FINITE
     return status
 
