@@ -23,7 +23,7 @@ async def test_up_once_answers_a_real_prompt(smollm2: Path, tmp_path: Path) -> N
     assert process.returncode == 0, told
     assert output.strip() == "The capital of France is Paris."
     assert re.search(r"TTFT [\d.]+ m?s, TPOT [\d.]+ m?s", told), told
-    assert re.search(r"KV over NIXL: 1705088 bytes .* pulled and verified in", told), told
+    assert re.search(r"KV over NIXL: 444128 bytes .* pulled and verified in", told), told
     pids = [int(pid) for pid in re.findall(r"^  \S+ +\S+:\d\S* +(\d+) ", told, re.MULTILINE)]
     assert len(pids) == 5
     assert not [pid for pid in pids if str(pid) in os.listdir("/proc")], "a process was left behind"

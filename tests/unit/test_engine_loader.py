@@ -77,7 +77,7 @@ def test_shapes_are_discovered() -> None:
     assert (model.layers, model.kv_heads, model.key_dim, model.value_dim) == (4, 4, 32, 24)
     assert (model.vocab_tokens, model.context_tokens, model.eos_token_ids) == (97, 256, (2,))
     layout = model.layout(block_tokens=16)
-    assert layout.description == "deepseek@12ab 4 layers x 4 heads x 32/24 float32 raw block 16 rank 0/1 v1"
+    assert layout.description == "deepseek@12ab 4 layers x 4 heads x 32/24 float32 raw block 16 rank 0/1 v2"
     assert not module.training
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from zipserve.common.errors import InvalidRequestError
+from zipserve.common.kv.layout import MODEL_DTYPES
 from zipserve.common.models import ModelFiles
 from zipserve.engine.attention import IMPLEMENTATION, Scoring, attending
 from zipserve.engine.codec import TORCH_DTYPES
@@ -33,8 +34,8 @@ def load(files: ModelFiles, dtype: str, device: str, context_tokens: int | None 
     Raises:
         InvalidRequestError: it cannot be served; the message says why.
     """
-    if dtype not in TORCH_DTYPES:
-        raise InvalidRequestError(f"dtype {dtype!r} is unknown; known: {', '.join(TORCH_DTYPES)}", field="dtype")
+    if dtype not in MODEL_DTYPES:
+        raise InvalidRequestError(f"dtype {dtype!r} is unknown; known: {', '.join(MODEL_DTYPES)}", field="dtype")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -64,7 +65,7 @@ def wrap(module: Any, name: str, revision: str, context_tokens: int | None = Non
     _refuse_state(module, name)
     _refuse_batch_dependent_rope(module, name, context)
     parameter = next(module.parameters())
-    dtype = next((key for key, value in TORCH_DTYPES.items() if value == parameter.dtype), None)
+    dtype = next((name for name in MODEL_DTYPES if TORCH_DTYPES[name] == parameter.dtype), None)
     if dtype is None:
         raise InvalidRequestError(f"model {name} has weights of {parameter.dtype}", field="model")
     module.eval()
