@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiny_families import tiny
 from zipserve.common.errors import KvValueError
 from zipserve.common.kv.layout import CODECS, SlabKind
 from zipserve.engine.attention import Scoring, Visibility
@@ -29,21 +29,7 @@ ERROR_MAX = {"raw": 0.0, "int8": 0.01, "int4": 0.12, "zipcache": 0.5, "zip-4/4":
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    module: Any = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(3)
-    return wrap(module, "tiny", "0")
+    return wrap(tiny("llama", num_hidden_layers=2, max_position_embeddings=512), "tiny", "0")
 
 
 def engine_of(model: LoadedModel, codec: str, blocks: int = 8, slots: int = 3) -> Engine:

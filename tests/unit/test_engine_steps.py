@@ -1,13 +1,12 @@
 """Steps over a KV cache: what is written where, what a sequence may depend on, what is refused."""
 
 from collections.abc import Sequence as SequenceOf
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tiny_families import tiny
 from zipserve.common.errors import InternalError
 from zipserve.common.kv.layout import HEADER_BYTES, SLAB_ALIGNMENT_BYTES, SlabKind
 from zipserve.engine.cache import KvCache
@@ -19,27 +18,9 @@ BLOCK = 8
 NO_SINKS = torch.tensor([-1, -1, -1])
 
 
-def tiny_llama() -> LoadedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
-    module: Any = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.mul_(3)
-    return wrap(module, "tiny", "0")
-
-
 @pytest.fixture
 def model() -> LoadedModel:
-    return tiny_llama()
+    return wrap(tiny("llama", num_hidden_layers=3, max_position_embeddings=64), "tiny", "0")
 
 
 def engine_of(model: LoadedModel, blocks: int = 16, slots: int = 4) -> Engine:

@@ -59,7 +59,7 @@ class DecodeScheduler:
             InvalidRequestError: it could never be held here.
             OverloadedError: the queue is full.
         """
-        needed = self.pools.blocks_for(ticket.total_tokens)
+        needed = self.pools.sealed_blocks(ticket.total_tokens)
         if needed > self.pools.blocks.count:
             raise InvalidRequestError(
                 f"a sequence of {ticket.total_tokens} tokens needs {needed} KV blocks, "

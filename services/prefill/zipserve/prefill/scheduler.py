@@ -76,7 +76,7 @@ class PrefillScheduler(Generic[T]):
             InvalidRequestError: it could never be computed here.
             OverloadedError: the queue is full.
         """
-        needed, there_are = self.pools.blocks_for(job.tokens), self.pools.blocks.count
+        needed, there_are = self.pools.sealed_blocks(job.tokens), self.pools.blocks.count
         if needed > there_are:
             raise InvalidRequestError(
                 f"a prompt of {job.tokens} tokens needs {needed} KV blocks, this worker has {there_are}",

@@ -38,8 +38,8 @@ class SlabPools:
         self.sinks = SlabAllocator(sinks if layout.has_sinks else 0, "sinks slabs")
         self._pools = {SlabKind.SINKS: self.sinks, SlabKind.BLOCK: self.blocks, SlabKind.TAIL: self.tails}
 
-    def blocks_for(self, tokens: int) -> int:
-        """Sealed blocks of a sequence of `tokens` tokens."""
+    def sealed_blocks(self, tokens: int) -> int:
+        """Full blocks of a sequence of `tokens` tokens."""
         return tokens // self._layout.block_tokens
 
     def try_take(self, tokens: int, tail_of: int) -> Slabs | None:
@@ -48,7 +48,7 @@ class SlabPools:
         Args:
             tail_of: its length at the handoff; a tail slab is needed unless that is a block's end.
         """
-        blocks = self.blocks_for(tokens)
+        blocks = self.sealed_blocks(tokens)
         needed = {
             SlabKind.SINKS: int(self._layout.has_sinks and blocks > 0),
             SlabKind.BLOCK: blocks,
