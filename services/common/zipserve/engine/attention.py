@@ -95,6 +95,18 @@ def attending(attender: Attender) -> Iterator[None]:
         _in_hand.attender = None
 
 
+def in_hand() -> Attender:
+    """Who answers this thread's attention calls.
+
+    Raises:
+        RuntimeError: nobody.
+    """
+    attender: Attender | None = getattr(_in_hand, "attender", None)
+    if attender is None:
+        raise RuntimeError("the module was called outside of the engine")
+    return attender
+
+
 def weights(scores: torch.Tensor, scoring: Scoring, visible: torch.Tensor | None) -> torch.Tensor:
     """Softmax weights of scaled scores, in float32.
 
@@ -149,10 +161,7 @@ def _hook(
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """Called by every attention layer: query [1, heads, tokens, key_dim] and so on; returns [1, tokens, heads, dim]."""
-    attender: Attender | None = getattr(_in_hand, "attender", None)
-    if attender is None:
-        raise RuntimeError("the module was called outside of the engine")
-    return attender.attend(module.layer_idx, query[0], key[0], value[0], _scoring(module, query, options))[None], None
+    return in_hand().attend(module.layer_idx, query[0], key[0], value[0], _scoring(module, query, options))[None], None
 
 
 def _scoring(module: Any, query: torch.Tensor, options: dict[str, Any]) -> Scoring:

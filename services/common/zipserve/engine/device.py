@@ -15,10 +15,9 @@ from zipserve.common import __version__, log, models
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, Layout, SlabKind
 from zipserve.common.settings import ServiceSettings
 from zipserve.common.transport import ArenaInfo
-from zipserve.engine import loader
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
-from zipserve.engine.probe import probe
+from zipserve.engine.startup import Weights, load_ready
 from zipserve.v1.worker_service_pb2 import Capabilities, WorkerRole
 
 P = ParamSpec("P")
@@ -35,6 +34,9 @@ class WorkerSettings(ServiceSettings):
     """Torch device."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Of weights, activations and unquantized KV."""
+    weights: Weights = "checkpoint"
+    """How the CPU stores linear layers: as the checkpoint does, which is exact, or as float32, float16, bfloat16 or
+    int8. Whatever it is, the CPU computes in float32."""
     codec: str = DEFAULT_CODEC
     """How blocks are coded, the same in the whole cluster: raw, int8, int4, zipcache, zip-4/4, zip-4/3, zip-4/32,
     zip-43/32, zip-4/2 or zip-3/2."""
@@ -144,8 +146,7 @@ class Device:
             torch.set_num_threads(settings.threads)
         disable_progress_bar()  # type: ignore[no-untyped-call]
         files = models.resolve(settings.model)
-        self._model = loader.load(files, settings.dtype, settings.device)
-        probe(self._model)
+        self._model = load_ready(files, settings.dtype, settings.device, weights=settings.weights)
         self.layout = self._model.layout(codec=settings.codec, block_tokens=settings.block_tokens)
         self.cache = KvCache(
             self.layout,

@@ -16,7 +16,7 @@ from zipserve.common.kv.layout import MODEL_DTYPES
 from zipserve.common.models import ModelFiles
 from zipserve.engine.attention import IMPLEMENTATION, Scoring, attending
 from zipserve.engine.codec import TORCH_DTYPES
-from zipserve.engine.model import LoadedModel, logits
+from zipserve.engine.model import LoadedModel, ModuleForward
 
 __all__ = ["LoadedModel", "load", "wrap"]
 
@@ -70,14 +70,15 @@ def wrap(module: Any, name: str, revision: str, context_tokens: int | None = Non
         raise InvalidRequestError(f"model {name} has weights of {parameter.dtype}", field="model")
     module.eval()
     module.set_attn_implementation(IMPLEMENTATION)
-    recorder = _Recorder()
+    recorder, forward = _Recorder(), ModuleForward(module)
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=parameter.device)
     positions = torch.arange(2, device=parameter.device)
     with attending(recorder), torch.inference_mode():
-        vocab = logits(module, tokens, positions[None], positions[1:]).shape[1]
+        vocab = forward(tokens, positions[None], positions[1:]).shape[1]
     kv_heads, key_dim, value_dim = recorder.shape(name)
     return LoadedModel(
         module=module,
+        forward=forward,
         name=name,
         revision=revision,
         dtype=dtype,
@@ -89,6 +90,8 @@ def wrap(module: Any, name: str, revision: str, context_tokens: int | None = Non
         kv_heads=kv_heads,
         key_dim=key_dim,
         value_dim=value_dim,
+        heads=recorder.heads,
+        scorings=tuple(recorder.scorings),
     )
 
 
@@ -97,12 +100,16 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, tuple[int, int, int]]] = []
+        self.scorings: list[Scoring] = []
+        self.heads = 0
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _scoring: Scoring
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
         """See zipserve.engine.attention.Attender."""
         self.shapes.append((layer, (key.shape[0], key.shape[2], value.shape[2])))
+        self.scorings.append(scoring)
+        self.heads = query.shape[0]
         return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
     def shape(self, name: str) -> tuple[int, int, int]:

@@ -1,19 +1,28 @@
 """A model that is ready to serve: the module, and what is known of it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from zipserve.common.kv.layout import Layout
+from zipserve.engine.attention import Scoring
+
+
+class Forward(Protocol):
+    """A forward pass; see LoadedModel.logits."""
+
+    def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A module that attends through us, and what is known of it."""
+    """A model that attends through us, and what is known of it."""
 
     module: Any
-    """A transformers PreTrainedModel in eval mode."""
+    """A transformers PreTrainedModel in eval mode. Weights that were packed are not in it any more."""
+    forward: Forward
+    """How its steps are computed."""
     name: str
     revision: str
     dtype: str
@@ -26,6 +35,9 @@ class LoadedModel:
     kv_heads: int
     key_dim: int
     value_dim: int
+    heads: int
+    scorings: tuple[Scoring, ...]
+    """Of each layer's attention."""
 
     def layout(self, codec: str = "raw", block_tokens: int = 128) -> Layout:
         """The bytes of this model's blocks."""
@@ -52,12 +64,18 @@ class LoadedModel:
         Returns:
             [n, vocab] float32
         """
-        return logits(self.module, token_ids, positions, rows)
+        return self.forward(token_ids, positions, rows)
 
 
-def logits(module: Any, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """See LoadedModel.logits; `module` must attend through us."""
-    # Spares the head's product for the other rows; a few families cannot.
-    some = {"logits_to_keep": rows} if module._supports_logits_to_keep() else {}  # noqa: SLF001  has no public name
-    found: torch.Tensor = module(input_ids=token_ids, position_ids=positions, use_cache=False, **some).logits[0]
-    return (found if some else found[rows]).float()
+@dataclass(frozen=True)
+class ModuleForward:
+    """Forward passes of a transformers module that attends through us."""
+
+    module: Any
+
+    def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        # Spares the head's product for the other rows; a few families cannot.
+        some = {"logits_to_keep": rows} if self.module._supports_logits_to_keep() else {}  # noqa: SLF001  not public
+        output = self.module(input_ids=token_ids, position_ids=positions, use_cache=False, **some)
+        found: torch.Tensor = output.logits[0]
+        return (found if some else found[rows]).float()

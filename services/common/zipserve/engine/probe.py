@@ -8,14 +8,15 @@ chunks and decode rows over a small cache, the logits that the unhooked module g
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from zipserve.common.errors import InvalidRequestError
-from zipserve.engine.attention import IMPLEMENTATION
+from zipserve.engine.attention import IMPLEMENTATION, Scoring, Visibility
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
+from zipserve.engine.fused import FusedModel
 from zipserve.engine.model import LoadedModel
 from zipserve.engine.sequence import Segment, Sequence
 
@@ -33,27 +34,35 @@ TOLERANCE_MAX = 0.5
 """Where transformers' own two attentions differ (half precision, routed experts), twice that is allowed, up to this."""
 
 
-def probe(model: LoadedModel) -> None:
+@dataclass(frozen=True)
+class References:
+    """What plain transformers computes for some random sequences."""
+
+    ids: list[list[int]]
+    logits: list[torch.Tensor]
+    """Of each sequence, float32 [tokens, vocab]."""
+    noise: float
+    """The greatest error between the two attentions that transformers has; 0 where the family has one only."""
+
+
+def probe(model: LoadedModel, references: References | None = None) -> None:
     """Compares the engine with plain transformers.
+
+    Args:
+        references: taken before the model's weights were packed; None: they still are as they were.
 
     Raises:
         InvalidRequestError: the logits differ, or the context is too short to tell.
     """
-    lengths = [sum(tokens) for tokens in zip(*STEPS, strict=True)]
-    if model.context_tokens < max(lengths):
-        raise InvalidRequestError(
-            f"model {model.name} has a context of {model.context_tokens} tokens, zipserve needs {max(lengths)}"
-        )
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(model.vocab_tokens, (length,), generator=generator).tolist() for length in lengths]
-    with _narrow_windows(model.module):
-        found = _through_engine(model, ids)
-        wanted = _through_transformers(model, ids, "eager")  # every family has it
-        errors = {at: _error(logits, wanted[at[0]][at[1] - 1]) for at, logits in found.items()}
-        (sequence, end), error = max(errors.items(), key=lambda item: item[1])
-        tolerance = TOLERANCE[model.dtype]
-        if error > tolerance:
-            tolerance = min(tolerance + 2 * _noise(model, ids, wanted), TOLERANCE_MAX)
+    if references is None:
+        references = take_references(model)
+    with _narrow_windows(model):
+        found = _through_engine(model, references.ids)
+    errors = {at: _error(logits, references.logits[at[0]][at[1] - 1]) for at, logits in found.items()}
+    (sequence, end), error = max(errors.items(), key=lambda item: item[1])
+    tolerance = TOLERANCE[model.dtype]
+    if error > tolerance:
+        tolerance = min(tolerance + 2 * references.noise, TOLERANCE_MAX)
     if error > tolerance:
         raise InvalidRequestError(
             f"model {model.name} gives other logits through the engine than through transformers: they differ by "
@@ -63,13 +72,30 @@ def probe(model: LoadedModel) -> None:
         )
 
 
+def take_references(model: LoadedModel) -> References:
+    """Asks plain transformers, over the module's own weights.
+
+    Raises:
+        InvalidRequestError: the context is too short to tell.
+    """
+    lengths = [sum(tokens) for tokens in zip(*STEPS, strict=True)]
+    if model.context_tokens < max(lengths):
+        raise InvalidRequestError(
+            f"model {model.name} has a context of {model.context_tokens} tokens, zipserve needs {max(lengths)}"
+        )
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(model.vocab_tokens, (length,), generator=generator).tolist() for length in lengths]
+    with _narrow_windows(model):
+        wanted = _through_transformers(model, ids, "eager")  # every family has it
+        return References(ids, wanted, _noise(model, ids, wanted))
+
+
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
     error = float((found - wanted).norm() / (wanted - wanted.mean()).norm())
     return math.inf if math.isnan(error) else error
 
 
 def _noise(model: LoadedModel, ids: list[list[int]], wanted: list[torch.Tensor]) -> float:
-    """The greatest error between the two attentions that transformers has; 0 where the family has one only."""
     try:
         others = _through_transformers(model, ids, "sdpa")
     except ValueError:
@@ -113,17 +139,29 @@ def _through_transformers(model: LoadedModel, ids: list[list[int]], attention: s
 
 
 @contextmanager
-def _narrow_windows(module: Any) -> Iterator[None]:
+def _narrow_windows(model: LoadedModel) -> Iterator[None]:
     """Windows and chunks wider than the probe's sequences would never be seen to work."""
     changed = []
+    plan = model.forward if isinstance(model.forward, FusedModel) else None
+    scorings = plan.scorings if plan else ()
     try:
-        for holder in (module.config.get_text_config(), *module.modules()):
+        for holder in (model.module.config.get_text_config(), *model.module.modules()):
             for field in _WINDOW_FIELDS:
                 width = getattr(holder, field, None)
                 if isinstance(width, int) and width > WINDOW_TOKENS:
                     changed.append((holder, field, width))
                     setattr(holder, field, WINDOW_TOKENS)
+        if plan:
+            plan.scorings = tuple(map(_narrowed, scorings))
         yield
     finally:
         for holder, field, width in changed:
             setattr(holder, field, width)
+        if plan:
+            plan.scorings = scorings
+
+
+def _narrowed(scoring: Scoring) -> Scoring:
+    seen = scoring.visibility
+    widths = (None if width is None else min(width, WINDOW_TOKENS) for width in (seen.window, seen.chunk))
+    return replace(scoring, visibility=Visibility(*widths))

@@ -1,0 +1,163 @@
+// The parts of a decoder layer around its attention: norms, products, rotary embedding, gated activation.
+//
+// A program is a list of operations over buffers of rows; one parallel region runs all of it, with a barrier behind
+// every operation. cpu.py mirrors the structures.
+#include <omp.h>
+
+#include "linear/gemm.h"
+
+typedef enum { OP_LINEAR, OP_HEADS, OP_NORM_ADD } Kind;
+typedef enum { STORE, ADD, GLU_SILU, GLU_GELU_TANH } Epilogue;
+
+typedef struct {
+    int32_t kind, source, target;  // buffers
+    int32_t epilogue;              // of OP_LINEAR
+    int32_t rope;                  // of OP_HEADS: which table, or -1
+    int32_t query_heads, key_heads, dim;
+    float eps;
+    const Matrix *matrix;  // of OP_LINEAR
+    const float *norm;     // its weights [columns]: of the source of OP_LINEAR or NULL, of OP_NORM_ADD, of query heads or NULL
+    const float *key_norm;
+} Op;
+
+typedef struct {
+    float *data;
+    int64_t stride;  // floats from row to row
+} Buffer;
+
+typedef struct {
+    const float *cos, *sin;  // [rows][dim]
+    int64_t dim;
+} Rope;
+
+typedef struct {
+    const Op *ops;
+    const Buffer *buffers;
+    const Rope *ropes;
+    float *packed;   // [rows][most inputs]
+    float *scratch;  // [threads][scratch_stride]
+    int64_t scratch_stride;
+    int32_t count, rows, threads, pad;
+} Program;
+
+// ---- rows
+
+static float inverse_rms(const float *x, int64_t n, float eps) {
+    f32x16 squares = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) squares += load16(x + i) * load16(x + i);
+    float sum = sum_lanes(squares);
+    for (; i < n; i++) sum += x[i] * x[i];
+    return 1.0f / sqrtf(sum / n + eps);
+}
+
+static void normalize(const float *x, const float *weight, int64_t n, float eps, float *out) {
+    const float scale = inverse_rms(x, n, eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
+    const int64_t half = dim / 2;
+    for (int64_t c = 0; c < half; c++) {
+        const float a = x[c], b = x[c + half];
+        x[c] = a * cos[c] - b * sin[c];
+        x[c + half] = b * cos[c + half] + a * sin[c + half];
+    }
+}
+
+static void prepare_heads(const Program *p, const Op *op, int row) {
+    const Buffer *buffer = p->buffers + op->target;
+    float *head = buffer->data + row * buffer->stride;
+    for (int h = 0; h < op->query_heads + op->key_heads; h++, head += op->dim) {
+        const float *norm = h < op->query_heads ? op->norm : op->key_norm;
+        if (norm) normalize(head, norm, op->dim, op->eps, head);
+        if (op->rope >= 0) {
+            const Rope *rope = p->ropes + op->rope;
+            rotate(head, rope->cos + row * rope->dim, rope->sin + row * rope->dim, rope->dim);
+        }
+    }
+}
+
+static void norm_add(const Program *p, const Op *op, int row, float *normal) {
+    const Buffer *source = p->buffers + op->source, *target = p->buffers + op->target;
+    float *out = target->data + row * target->stride;
+    normalize(source->data + row * source->stride, op->norm, op->dim, op->eps, normal);
+    for (int i = 0; i < op->dim; i++) out[i] += normal[i];
+}
+
+// ---- products
+
+static void gather(const Program *p, const Op *op, const Strips *strips, int row, float *normal) {
+    const Buffer *source = p->buffers + op->source;
+    const int64_t inputs = op->matrix->inputs;
+    const float *x = source->data + row * source->stride;
+    if (op->norm) {
+        normalize(x, op->norm, inputs, op->eps, normal);
+        x = normal;
+    }
+    zs_pack_row(strips, x, row, inputs, p->packed);
+}
+
+typedef struct {
+    Buffer target;
+    Epilogue epilogue;
+} Output;
+
+ALWAYS_INLINE f32x16 gated(Epilogue how, f32x16 gate, f32x16 up) {
+    const f32x16 one = splat(1.0f);
+    if (how == GLU_SILU) return gate / (one + exp16(-gate)) * up;
+    const f32x16 inner = (gate + gate * gate * gate * splat(0.044715f)) * splat(0.7978845608f);
+    return gate * splat(0.5f) * (one + tanh16(inner)) * up;
+}
+
+static void put(void *context, const float *sums, int begin, int rows, int column, int count) {
+    const Output *output = context;
+    for (int r = 0; r < rows; r++, sums += PAIR) {
+        float *out = output->target.data + (begin + r) * output->target.stride;
+        if (output->epilogue == STORE) {
+            memcpy(out + column, sums, count * sizeof *out);
+        } else if (output->epilogue == ADD) {
+            for (int c = 0; c < count; c++) out[column + c] += sums[c];
+        } else {  // a pair holds the gates and the factors of the same columns
+            const f32x16 product = gated(output->epilogue, load16(sums), load16(sums + PANEL));
+            memcpy(out + column / 2, &product, count / 2 * sizeof *out);
+        }
+    }
+}
+
+// ---- the program
+
+static void run(const Program *p, const Op *op, const Strips *strips, int *next) {
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int begin = p->rows * thread / threads, end = p->rows * (thread + 1) / threads;
+    float *scratch = p->scratch + thread * p->scratch_stride;
+    for (int row = begin; row < end; row++) {
+        if (op->kind == OP_LINEAR) gather(p, op, strips, row, scratch);
+        if (op->kind == OP_HEADS) prepare_heads(p, op, row);
+        if (op->kind == OP_NORM_ADD) norm_add(p, op, row, scratch);
+    }
+    if (op->kind != OP_LINEAR) return;
+#pragma omp barrier
+    Output output = {p->buffers[op->target], op->epilogue};
+    zs_gemm(op->matrix, strips, p->packed, next, scratch, put, &output);
+}
+
+void zs_decoder(const Program *p) {
+    int64_t products = 0;
+    for (int i = 0; i < p->count; i++)
+        if (p->ops[i].matrix) products += p->ops[i].matrix->inputs * p->ops[i].matrix->outputs * p->rows;
+    const Strips strips = zs_strips(p->rows);
+    int next[p->count];
+    memset(next, 0, sizeof next);
+#pragma omp parallel num_threads(p->threads) if (products > WAKING_PRODUCTS)
+    for (int i = 0; i < p->count; i++) {
+        run(p, p->ops + i, &strips, next + i);
+#pragma omp barrier
+    }
+}
+
+// Floats of a thread's scratch for products of so many inputs.
+int64_t zs_decoder_scratch(int64_t inputs, int rows) {
+    const int64_t of_gemm = zs_gemm_scratch(inputs, rows);
+    return ((of_gemm > inputs ? of_gemm : inputs) + 15) / 16 * 16;
+}

@@ -1,0 +1,229 @@
+#include "gemm.h"
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+// Tiles whose sums stay in registers: rows x one or two panels.
+#if NATIVE_LANES == 16
+#define PAIR_ROWS 12
+#define SINGLE_ROWS 24
+#elif NATIVE_LANES == 8
+#define PAIR_ROWS 3
+#define SINGLE_ROWS 6
+#else
+#define PAIR_ROWS 3
+#define SINGLE_ROWS 6
+#endif
+#define VECTORS (PANEL / NATIVE_LANES)  // of a panel
+#define DEPTH 1024                      // inputs of a pair that stay in the second-level cache
+#define AHEAD 2048                      // bytes that are prefetched of the stream of weights
+#define UNROLL24 _Pragma("GCC unroll 24")
+
+typedef uint16_t native_u16 __attribute__((vector_size(2 * NATIVE_LANES), aligned(2)));
+typedef int8_t native_i8 __attribute__((vector_size(NATIVE_LANES), aligned(1)));
+
+static const int type_bytes[] = {4, 2, 2, 1};
+
+ALWAYS_INLINE native_f32 half_native(const uint16_t *p) {
+#if defined(__F16C__) && NATIVE_LANES == 16
+    return (native_f32)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__F16C__) && NATIVE_LANES == 8
+    return (native_f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    const native_u32 bits = __builtin_convertvector(*(const native_u16 *)p, native_u32), magnitude = bits & 0x7fff;
+    const native_f32 finite = (native_f32)(magnitude << 13) * 0x1p112f;
+    const native_u32 special = (native_u32)((native_i32)(0x7bff - magnitude) >> 31) & 0x7f800000;
+    return (native_f32)((native_u32)finite | special | (bits & 0x8000) << 16);
+#endif
+}
+
+ALWAYS_INLINE native_f32 int8_native(const int8_t *p) {
+#if NATIVE_LANES == 16
+    const native_i32 wide = (native_i32)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p));
+#elif defined(__AVX2__)
+    const native_i32 wide = (native_i32)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p));
+#else
+    const native_i32 wide = __builtin_convertvector(*(const native_i8 *)p, native_i32);
+#endif
+    return __builtin_convertvector(wide, native_f32);
+}
+
+// NATIVE_LANES weights from element `at` on.
+ALWAYS_INLINE native_f32 weights_at(const void *weights, int64_t at, const WeightType type) {
+    if (type == WEIGHT_FLOAT32) return load_native((const float *)weights + at);
+    if (type == WEIGHT_FLOAT16) return half_native((const uint16_t *)weights + at);
+    if (type == WEIGHT_INT8) return int8_native((const int8_t *)weights + at);
+    const native_u16 upper = *(const native_u16 *)((const uint16_t *)weights + at);
+    return (native_f32)(__builtin_convertvector(upper, native_u32) << 16);
+}
+
+// One tile: sums[row][panel * PANEL ..] (+)= strip [depth][rows] times `panels` panels, which lie panel_bytes apart.
+typedef struct {
+    const float *strip;
+    const char *weights;
+    int64_t depth, panel_bytes;
+    float *sums;
+    int adds;
+} Tile;
+
+ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows, const int panels) {
+    const int bytes = PANEL * (type == WEIGHT_FLOAT32 ? 4 : type == WEIGHT_INT8 ? 1 : 2);
+    const float *x = t->strip;
+    const char *w = t->weights;
+    native_f32 sums[SINGLE_ROWS][2 * VECTORS];
+    UNROLL24 for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < panels * VECTORS; v++)
+            sums[r][v] = t->adds ? load_native(t->sums + r * PAIR + v * NATIVE_LANES) : (native_f32){0};
+    for (int64_t i = 0; i < t->depth; i++) {
+        native_f32 weight[2 * VECTORS];
+        UNROLL for (int p = 0; p < panels; p++) {
+            __builtin_prefetch(w + p * t->panel_bytes + AHEAD);
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                weight[p * VECTORS + v] = weights_at(w + p * t->panel_bytes, v * NATIVE_LANES, type);
+        }
+        UNROLL24 for (int r = 0; r < rows; r++)
+            UNROLL for (int v = 0; v < panels * VECTORS; v++) sums[r][v] += x[r] * weight[v];
+        x += rows;
+        w += bytes;
+    }
+    UNROLL24 for (int r = 0; r < rows; r++)
+        UNROLL for (int v = 0; v < panels * VECTORS; v++)
+            store_native(t->sums + r * PAIR + v * NATIVE_LANES, sums[r][v]);
+}
+
+#define EACH_PAIR_ROWS_3(X) X(1) X(2) X(3)
+#define EACH_SINGLE_ROWS_6(X) X(1) X(2) X(3) X(4) X(5) X(6)
+#define EACH_12(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
+#define EACH_24(X) EACH_12(X) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23) X(24)
+#if PAIR_ROWS == 12
+#define EACH_PAIR_ROWS EACH_12
+#define EACH_SINGLE_ROWS EACH_24
+#else
+#define EACH_PAIR_ROWS EACH_PAIR_ROWS_3
+#define EACH_SINGLE_ROWS EACH_SINGLE_ROWS_6
+#endif
+
+static void multiply_single(const Tile *t, int rows) {
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_FLOAT32, n, 1);
+    switch (rows) { EACH_SINGLE_ROWS(CASE) }
+#undef CASE
+}
+
+#define PAIRED(name, type)                         \
+    static void name(const Tile *t, int rows) {    \
+        switch (rows) { EACH_PAIR_ROWS(CASE) }     \
+    }
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_FLOAT32, n, 2);
+PAIRED(multiply_float32, WEIGHT_FLOAT32)
+#undef CASE
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_BFLOAT16, n, 2);
+PAIRED(multiply_bfloat16, WEIGHT_BFLOAT16)
+#undef CASE
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_FLOAT16, n, 2);
+PAIRED(multiply_float16, WEIGHT_FLOAT16)
+#undef CASE
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_INT8, n, 2);
+PAIRED(multiply_int8, WEIGHT_INT8)
+#undef CASE
+
+static void multiply_pair(const Tile *t, WeightType type, int rows) {
+    switch (type) {
+        case WEIGHT_FLOAT32: return multiply_float32(t, rows);
+        case WEIGHT_BFLOAT16: return multiply_bfloat16(t, rows);
+        case WEIGHT_FLOAT16: return multiply_float16(t, rows);
+        case WEIGHT_INT8: return multiply_int8(t, rows);
+    }
+}
+
+Strips zs_strips(int rows) {
+    const int is_single = rows > PAIR_ROWS && (PAIR_ROWS < 12 || rows <= SINGLE_ROWS);
+    const int most = is_single ? SINGLE_ROWS : PAIR_ROWS, strips = (rows + most - 1) / most;
+    return (Strips){rows, strips, (rows + strips - 1) / strips, !is_single};
+}
+
+int64_t zs_gemm_scratch(int64_t inputs, int rows) {
+    const int64_t depth = inputs < DEPTH || zs_strips(rows).strips == 1 ? inputs : DEPTH;
+    return PAIR * (rows + depth);
+}
+
+// Both panels of a pair as floats, one after the other.
+static void widen(const char *weights, int64_t panel_bytes, int64_t depth, WeightType type, float *out) {
+    for (int p = 0; p < 2; p++, weights += panel_bytes)
+        for (int64_t i = 0; i < depth * PANEL; i += NATIVE_LANES) {
+            __builtin_prefetch(weights + (i * type_bytes[type]) + AHEAD);
+            store_native(out + p * depth * PANEL + i, weights_at(weights, i, type));
+        }
+}
+
+static void finish(const Matrix *m, float *sums, int rows, int column) {
+    if (!m->scales && !m->bias) return;
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < PAIR; c += NATIVE_LANES) {
+            float *at = sums + r * PAIR + c;
+            native_f32 x = load_native(at);
+            if (m->scales) x *= load_native(m->scales + column + c);
+            if (m->bias) x += load_native(m->bias + column + c);
+            store_native(at, x);
+        }
+}
+
+static void multiply_rows(const Matrix *m, const Strips *s, const float *packed, const char *pair, float *sums,
+                          float *wide) {
+    const int bytes = PANEL * type_bytes[m->type];
+    const int64_t panel_bytes = m->inputs * bytes;
+    const int64_t most = s->strips == 1 ? m->inputs : DEPTH;
+    const int is_direct = m->type == WEIGHT_FLOAT32 || (s->is_paired && s->strips == 1);
+    for (int64_t from = 0; from < m->inputs; from += most) {
+        const int64_t depth = from + most < m->inputs ? most : m->inputs - from;
+        Tile tile = {.weights = pair + from * bytes, .depth = depth, .panel_bytes = panel_bytes, .adds = from > 0};
+        if (!is_direct) {
+            widen(tile.weights, panel_bytes, depth, m->type, wide);
+            tile.weights = (const char *)wide;
+            tile.panel_bytes = depth * PANEL * sizeof(float);
+        }
+        for (int strip = 0; strip < s->strips; strip++) {
+            const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
+            tile.strip = packed + begin * m->inputs + from * rows;
+            tile.sums = sums + begin * PAIR;
+            if (s->is_paired) {
+                multiply_pair(&tile, is_direct ? m->type : WEIGHT_FLOAT32, rows);
+                continue;
+            }
+            Tile second = tile;
+            second.weights += tile.panel_bytes;
+            second.sums += PANEL;
+            multiply_single(&tile, rows);
+            multiply_single(&second, rows);
+        }
+    }
+}
+
+void zs_gemm(const Matrix *m, const Strips *s, const float *packed, int *next, float *scratch, Sink *sink,
+             void *context) {
+    const int64_t pair_bytes = m->inputs * PAIR * type_bytes[m->type], pairs = (m->outputs + PAIR - 1) / PAIR;
+    float *sums = scratch, *wide = scratch + s->rows * PAIR;
+    for (;;) {
+        const int64_t pair = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), column = pair * PAIR;
+        if (pair >= pairs) return;
+        multiply_rows(m, s, packed, (const char *)m->panels + pair * pair_bytes, sums, wide);
+        finish(m, sums, s->rows, column);
+        const int64_t left = m->outputs - column;
+        for (int strip = 0; strip < s->strips; strip++) {
+            const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
+            sink(context, sums + begin * PAIR, begin, rows, column, left < PAIR ? left : PAIR);
+        }
+    }
+}
+
+void zs_pack_row(const Strips *s, const float *row, int index, int64_t inputs, float *packed) {
+    int strip = index / s->strip_rows;
+    while (strip_begin(s, strip + 1) <= index) strip++;
+    const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
+    float *at = packed + begin * inputs + (index - begin);
+    for (int64_t i = 0; i < inputs; i++) at[i * rows] = row[i];
+}

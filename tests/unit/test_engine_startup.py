@@ -1,0 +1,95 @@
+"""How a model gets ready: which path it takes, how its weights are stored, and that a wrong path is noticed."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny_model
+from zipserve.common.errors import InvalidRequestError
+from zipserve.common.models import ModelFiles, resolve
+from zipserve.engine import startup
+from zipserve.engine.fused import FusedModel
+from zipserve.engine.model import LoadedModel
+from zipserve.engine.packing import PackedEmbedding, PackedLinear
+from zipserve.engine.startup import load_ready
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
+    return resolve(str(tiny_model.build(tmp_path_factory.mktemp("model"))))
+
+
+def stored_as(folder: Path, dtype: torch.dtype) -> ModelFiles:
+    """The tiny model with a checkpoint of another dtype."""
+    tiny_model.build(folder)
+    path = folder / "model.safetensors"
+    save_file({name: weight.to(dtype) for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    return resolve(str(folder))
+
+
+def storages(model: LoadedModel) -> set[torch.dtype]:
+    """Of the packed linear layers."""
+    return {part.matrix.panels.dtype for part in model.module.modules() if isinstance(part, PackedLinear)}
+
+
+def test_takes_the_fused_plan_first(files: ModelFiles) -> None:
+    model = load_ready(files, "float32", "cpu")
+    assert isinstance(model.forward, FusedModel)
+    assert max(parameter.numel() for parameter in model.module.model.layers.parameters()) <= 64  # no weights but norms
+
+
+def test_packs_what_it_does_not_recognize(files: ModelFiles) -> None:
+    assert storages(load_ready(files, "float32", "cpu", paths=("packed",))) == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stores_weights_as_the_checkpoint(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = load_ready(stored_as(tmp_path, dtype), "float32", "cpu", paths=("packed",))
+    assert model.dtype == "float32"
+    assert storages(model) == {dtype}
+
+
+@pytest.mark.parametrize("path", ["fused", "packed"])
+def test_stores_weights_as_it_is_told(files: ModelFiles, path: startup.Path) -> None:
+    """The probe compares with weights rounded alike, so even int8 must agree to the last digits."""
+    for weights in ("int8", "bfloat16"):
+        load_ready(files, "float32", "cpu", weights=weights, paths=(path,))
+
+
+def test_loads_again_after_a_path_that_computes_something_else(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: LoadedModel, storage: torch.dtype) -> LoadedModel:
+        fused = startup.fuse(model, storage)
+        assert isinstance(fused.forward, FusedModel)
+        fused.forward.scorings = tuple(replace(scoring, scale=2 * scoring.scale) for scoring in fused.forward.scorings)
+        return fused
+
+    monkeypatch.setitem(startup.PATHS, "fused", wrong)
+    model = load_ready(files, "float32", "cpu")
+    assert not isinstance(model.forward, FusedModel)
+    assert storages(model) == {torch.float32}
+
+
+def test_serves_the_module_where_no_path_will_do(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_model: LoadedModel, _storage: torch.dtype) -> LoadedModel:
+        raise InvalidRequestError("the logits differ")
+
+    for path in startup.PATHS:
+        monkeypatch.setitem(startup.PATHS, path, refuse)
+    assert storages(load_ready(files, "float32", "cpu")) == set()
+
+
+@pytest.mark.parametrize("path", ["fused", "packed"])
+def test_tied_weights_exist_once(tmp_path: Path, path: startup.Path) -> None:
+    tiny_model.build(tmp_path, tied=True)
+    model = load_ready(resolve(str(tmp_path)), "float32", "cpu", paths=(path,))
+    if path == "packed":
+        embedding: Any = model.module.get_input_embeddings()
+        assert isinstance(embedding, PackedEmbedding)
+        assert embedding.matrix is model.module.get_output_embeddings().matrix
+    assert model.module.state_dict().get("model.embed_tokens.weight", torch.empty(0)).numel() == 0
