@@ -1,6 +1,5 @@
 """The CPU kernel of decode attention against its reference; whatever must not be read is NaN."""
 
-import functools
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -13,6 +12,8 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sealed_blocks import NAN_BYTE, blocks_of
+from tolerances import ATTENTION_CPU
 from zipserve.kernels import native, rotation
 from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks, decode_attention, decode_attention_reference
 from zipserve.kernels.attention.cpu import runs_on_cpu
@@ -20,12 +21,6 @@ from zipserve.kernels.dequantize import dequantize_reference
 from zipserve.kernels.quantize import quantize_reference
 from zipserve.kernels.saliency import classify
 from zipserve.kernels.zipformat import PROFILES, ZipFormat, probe_counts
-
-TOLERANCE = 1e-5
-"""Absolute, of outputs of values of size 1."""
-SLABS, HEADER_BYTES = 7, 128
-NAN_BYTE = 255
-"""NaN in every float format, and the largest code and exponent."""
 
 
 @dataclass
@@ -61,34 +56,11 @@ class Case:
         assert runs_on_cpu(self.query, self.sealed, self.open_blocks)
         for found, wanted in zip(self.run(), self.run_reference(), strict=True):
             assert wanted.isfinite().all()
-            torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=ATTENTION_CPU)
 
 
 def int32(*numbers: int) -> torch.Tensor:
     return torch.tensor(numbers, dtype=torch.int32)
-
-
-@functools.cache
-def blocks_of(form: ZipFormat | RawFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """One layer of an arena, and sinks: slabs 2 and 4 start a sequence, whose sinks are in 1 and 3; 5 and 6 do not.
-
-    Slab 0 and all that is between the layers is NaN.
-    """
-    generator = torch.Generator().manual_seed(form.key_dim)
-    arena = torch.full((SLABS, HEADER_BYTES + form.layer_bytes + 64), NAN_BYTE, dtype=torch.uint8)
-    data = arena[:, HEADER_BYTES : HEADER_BYTES + form.layer_bytes]
-    slabs, at_start = torch.tensor([2, 4, 5, 6]), torch.tensor([True, True, False, False])
-    keys = torch.randn(4, form.kv_heads, form.block_tokens, form.key_dim, generator=generator)
-    values = torch.randn(4, form.kv_heads, form.block_tokens, form.value_dim, generator=generator)
-    if isinstance(form, RawFormat):
-        heads = torch.cat((keys.flatten(2), values.flatten(2)), 2).to(form.dtype)
-        data[slabs] = heads.flatten(1).view(torch.uint8)
-        return data, torch.empty(0, 0, dtype=torch.uint8)
-    sinks = torch.full((SLABS, form.sinks_layer_bytes + 32), NAN_BYTE, dtype=torch.uint8)[:, 16:-16]
-    hi = classify(torch.rand(4, form.block_tokens, generator=generator), form, at_start)
-    sink_slabs = torch.tensor([1, 3, -1, -1])
-    assert not quantize_reference(keys, values, hi, form, data, slabs, sinks, sink_slabs).any()
-    return data, sinks
 
 
 def case_of(form: ZipFormat | RawFormat, group: int, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Case:
@@ -182,7 +154,7 @@ def test_types_that_the_kernel_does_not_read() -> None:
     assert not runs_on_cpu(case.query, case.sealed, case.open_blocks)
     found, _ = decode_attention(case.query, case.sealed, case.open_blocks, case.first, scale=case.scale)
     wanted, _ = case_of(RawFormat(2, 16, 16, 8, torch.float32), 2).run_reference()
-    torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=ATTENTION_CPU)
 
 
 @pytest.mark.parametrize("option", ["first", "softcap", "sink_logits"])
@@ -252,7 +224,7 @@ def test_flat_and_sharp_softmax(factor: float) -> None:
     case = replace(case, query=case.query * factor)
     found, wanted = case.run(), case.run_reference()
     # logits of size 1000 are known to 1e-4 in float32
-    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=max(TOLERANCE, 2e-6 * factor))
+    torch.testing.assert_close(found[0], wanted[0], rtol=0, atol=max(ATTENTION_CPU, 2e-6 * factor))
     assert found[1].isfinite().all()
 
 
@@ -280,7 +252,7 @@ def test_raw_attention_is_plain_attention() -> None:
     keys = torch.cat((keys, case.open_blocks.keys[5, :, :7]), 1)
     values = torch.cat((values, case.open_blocks.values[5, :, :7]), 1)
     wanted = F.scaled_dot_product_attention(case.query[2].view(2, 3, 16), keys, values)
-    torch.testing.assert_close(case.run()[0][2], wanted.view(6, 24), rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(case.run()[0][2], wanted.view(6, 24), rtol=0, atol=ATTENTION_CPU)
 
 
 VECTORS = {name: torch.from_numpy(array) for name, array in np.load(Path(__file__).parent / "zip_vectors.npz").items()}

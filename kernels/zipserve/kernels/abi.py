@@ -2,11 +2,19 @@
 
 import ctypes
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
 from zipserve.kernels import rotation
 from zipserve.kernels.zipformat import VALUE_STEPS, Region, ZipFormat
+
+if TYPE_CHECKING:
+    from zipserve.kernels.attention import RawFormat
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The numbers that attention reads, with the kernels' names for them: `enum content`."""
+_ZIPPED = 3
 
 
 class Plane(ctypes.Structure):
@@ -32,7 +40,7 @@ class Format(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("bitmap_bytes", "head_bytes", "exponent_offset")),
-        *((name, ctypes.c_int32) for name in ("kv_heads", "block_tokens", "key_dim", "value_dim")),
+        *((name, ctypes.c_int32) for name in ("kv_heads", "block_tokens", "key_dim", "value_dim", "content")),
         ("key_factors", ctypes.POINTER(ctypes.c_float)),
         ("value_factors", ctypes.POINTER(ctypes.c_float)),
         ("keys", CodeRegion * 2),
@@ -58,11 +66,14 @@ class Rows(ctypes.Structure):
 
 
 @functools.cache
-def format_of(form: ZipFormat) -> Format:
+def format_of(form: "ZipFormat | RawFormat") -> Format:
     """The format's sizes and offsets; it lives as long as the process."""
+    shape = form.kv_heads, form.block_tokens, form.key_dim, form.value_dim
+    if not isinstance(form, ZipFormat):
+        return Format(0, form.layer_bytes // form.kv_heads, 0, *shape, TYPES[form.dtype])
     return Format(
         *(form.bitmap_bytes, form.head_bytes, form.exponent_offset),
-        *(form.kv_heads, form.block_tokens, form.key_dim, form.value_dim),
+        *(*shape, _ZIPPED),
         *(_factors(form.key_dim), _factors(form.value_dim)),
         (CodeRegion * 2)(*map(_region, form.keys)),
         (CodeRegion * 2)(*map(_region, form.values)),

@@ -139,11 +139,3 @@ static inline f32x16 tanh16(f32x16 x) {
     const f32x16 far = splat(1.0f) - splat(2.0f) / (exp16(x + x) + splat(1.0f));
     return select16(less16(square, splat(0.625f * 0.625f)), near, far);
 }
-
-// x R or, with `inverse`, x R^T, in place; see rotation.py. `signs` holds dim floats of +-1.
-static inline void rotate_row(float *x, const float *signs, int dim, int inverse) {
-    float scaled[dim];
-    const float scale = 1.0f / sqrtf((float)(dim & -dim));
-    for (int c = 0; c < dim; c++) scaled[c] = x[c] * scale;
-    rotate_row_into(x, scaled, signs, dim, inverse);
-}

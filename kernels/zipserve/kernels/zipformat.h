@@ -1,4 +1,4 @@
-// The zip format as the kernels see it: sizes and offsets, filled in by abi.py. zipformat.py says what they mean.
+// Sealed blocks as the kernels see them: sizes and offsets, filled in by abi.py. zipformat.py says what they mean.
 #pragma once
 #include <stdint.h>
 
@@ -6,6 +6,9 @@
 
 #define SINK_TOKENS 4
 #define HEAD_DIM_MULTIPLE 16  // compilers that know it make no loops for the rest
+
+// What blocks are made of; the first three are also the types of other keys and values.
+enum content { FLOAT32, FLOAT16, BFLOAT16, ZIPPED };
 
 // One plane of the codes of a class: (code >> shift) & (2^bits - 1), in words from `offset` of the head's segment on.
 struct zip_plane {
@@ -20,12 +23,21 @@ struct zip_region {
     struct zip_plane plane[2];
 };
 
+// Of blocks of numbers (RawFormat) only the sizes count; there is no bitmap, and a head's segment is its keys, then its
+// values.
 struct zip_format {
     int64_t bitmap_bytes, head_bytes, exponent_offset;
-    int32_t kv_heads, block_tokens, key_dim, value_dim;
+    int32_t kv_heads, block_tokens, key_dim, value_dim, content;
     const float *key_factors, *value_factors;  // of the rotation: its signs over sqrt(p)
     struct zip_region keys[2], values[2];  // hi, lo
 };
+
+// Scale of a slot's values: 2^((e - 160) / 8).
+static inline float scale_of(uint8_t e) {
+    static const float eighths[8] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
+                                     1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
+    return float_from((uint32_t)(127 - 20 + e / 8) << 23) * eighths[e % 8];
+}
 
 // One layer of all slabs, `stride` bytes apart, and which of them each block uses; below 0 for none.
 struct zip_slabs {

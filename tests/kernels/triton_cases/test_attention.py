@@ -5,7 +5,7 @@ from dataclasses import astuple, dataclass, fields, replace
 import pytest
 import torch
 
-from triton_tolerances import ATTENTION, WEIGHTS
+from tolerances import ATTENTION, WEIGHTS
 from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks, decode_attention_reference
 from zipserve.kernels.attention.triton_kernel import decode_attention_triton
 from zipserve.kernels.quantize import quantize_reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from triton_tolerances import DECODED
+from tolerances import DECODED
 from zipserve.kernels.dequantize import dequantize_reference
 from zipserve.kernels.dequantize.triton_kernel import dequantize_triton
 from zipserve.kernels.quantize import quantize_reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from triton_tolerances import CELL
+from tolerances import CELL
 from zipserve.kernels import rotation
 from zipserve.kernels.dequantize.reference import unpack
 from zipserve.kernels.quantize import NON_FINITE, OUT_OF_RANGE, quantize_reference

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from triton_tolerances import WEIGHTS
+from tolerances import WEIGHTS
 from zipserve.kernels.saliency import probe_scores_reference
 from zipserve.kernels.saliency.triton_kernel import probe_scores_triton
 from zipserve.kernels.zipformat import probe_offsets

@@ -34,6 +34,20 @@ class RawFormat:
         """Size of one layer of a block."""
         return self.kv_heads * self.block_tokens * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
+    def decode(self, data: torch.Tensor, slabs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [n, kv_heads, block_tokens, dim] of blocks.
+
+        Args:
+            data: uint8 [slabs, layer_bytes].
+            slabs: int64 [n].
+        """
+        heads = torch.unflatten(data.index_select(0, slabs).view(self.dtype), 1, (self.kv_heads, -1))
+        border = self.block_tokens * self.key_dim
+        return (
+            torch.unflatten(heads[..., :border], 2, (self.block_tokens, self.key_dim)),
+            torch.unflatten(heads[..., border:], 2, (self.block_tokens, self.value_dim)),
+        )
+
 
 @dataclass(frozen=True)
 class SealedBlocks:

@@ -34,7 +34,7 @@ typedef struct {
 
 static int is_open(const Item *item) { return item->begin == item->end; }
 
-static int span_blocks(const Form *form) { return MAX(1, SPAN_TOKENS / form->block_tokens); }
+static int span_blocks(const struct zip_format *form) { return MAX(1, SPAN_TOKENS / form->block_tokens); }
 
 // Sealed blocks of a row that lie wholly below its first visible position.
 static int hidden_blocks(const Attention *a, int row) {
@@ -94,9 +94,7 @@ static void prepare_query(const Plan *plan, int64_t index) {
     const int dim = a->form->key_dim;
     float *query = plan->queries + index * plan->key_stride, *rotated = plan->rotated + index * plan->key_stride;
     for (int c = 0; c < plan->key_stride; c++) query[c] = c < dim ? a->query[index * dim + c] * a->scale : 0;
-    if (!a->form->is_zip) return;
-    memcpy(rotated, query, dim * sizeof *query);
-    rotate_row(rotated, a->key_signs, dim, 0);
+    if (a->form->content == ZIPPED) rotate_row_into(rotated, query, a->form->key_factors, dim, 0);
 }
 
 // Query heads of a KV head are split into tiles of nearly equal size; tiles are numbered through all KV heads.
@@ -166,10 +164,13 @@ static void merge(const Plan *plan, int row, int head) {
     float maximum = a->sink_logits ? a->sink_logits[head] : LOWEST;
     for (int64_t item = open; item < end; item++) maximum = MAX(maximum, plan->maxima[item * a->heads + head]);
     float total = a->sink_logits ? expf(a->sink_logits[head] - maximum) : 0;
-    float values[plan->value_stride];
+    float values[plan->value_stride], turned[plan->value_stride];
     memset(values, 0, sizeof values);
     for (int64_t item = open + 1; item < end; item++) add_item(plan, item * a->heads + head, maximum, &total, values);
-    if (a->form->is_zip && end > open + 1) rotate_row(values, a->value_signs, dim, 1);
+    if (a->form->content == ZIPPED && end > open + 1) {
+        rotate_row_into(turned, values, a->form->value_factors, dim, 1);
+        memcpy(values, turned, sizeof values);
+    }
     add_item(plan, open * a->heads + head, maximum, &total, values);
     for (int c = 0; c < dim; c++) a->output[index * dim + c] = values[c] / total;
     plan->open_shares[index] = expf(plan->maxima[open * a->heads + head] - maximum) / total;

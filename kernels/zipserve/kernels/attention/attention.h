@@ -3,13 +3,9 @@
 // A KV head's query heads are computed in tiles of up to TILE_HEADS, so that keys and values are read and unpacked once
 // for all of a tile. Rows of floats are padded to whole vectors: queries with 0, logits with -infinity.
 #pragma once
-#include "vector.h"
+#include "blocks.h"
 
 #define TILE_HEADS 4
-#define SINK_TOKENS 4  // as in zipformat
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-#define MAX(a, b) ((a) > (b) ? (a) : (b))
-#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
 
 // How many native vectors of columns to sum at once for a tile of `heads`, which is a constant.
 #define MAX_VECTORS (64 / NATIVE_LANES)
@@ -18,26 +14,9 @@
      : (heads) * MAX_VECTORS / 2 <= NATIVE_SUMS ? MAX_VECTORS / 2 \
                                                 : MAX_VECTORS / 4)
 
-typedef enum { FLOAT32, FLOAT16, BFLOAT16 } Type;
-
-// Codes of one class of keys or of values; see zipformat.Region.
-typedef struct {
-    int64_t planes[2];  // offsets in a head's segment; the second one for 3 bits only
-    int32_t bits, tokens;
-    float step;  // of values: the width of a cell in units of the token's scale
-} Region;
-
-// How a sealed block's layer is coded; see zipformat.ZipFormat and RawFormat.
-typedef struct {
-    int64_t heads_offset, head_bytes, width_offset, exponent_offset;
-    int32_t is_zip, type;  // of the numbers, where it is raw
-    int32_t kv_heads, key_dim, value_dim, block_tokens;
-    Region keys[2], values[2];
-} Form;
-
 // See zipserve.kernels.attention.decode_attention; strides in bytes unless a comment says otherwise.
 typedef struct {
-    const Form *form;
+    const struct zip_format *form;
     const float *query;  // [rows, heads, key_dim]
     const uint8_t *sealed;
     const int32_t *table, *counts, *starts;
@@ -45,10 +24,9 @@ typedef struct {
     const int32_t *sink_slabs;
     const uint8_t *open_keys, *open_values;
     const int32_t *slots, *open_counts, *first;
-    const float *sink_logits;              // [heads] or NULL
-    const float *key_signs, *value_signs;  // of the rotation; for zip
-    float *output;                         // [rows, heads, value_dim]
-    float *weights;                        // [rows, block_tokens] or NULL
+    const float *sink_logits;  // [heads] or NULL
+    float *output;             // [rows, heads, value_dim]
+    float *weights;            // [rows, block_tokens] or NULL
     int64_t sealed_stride, sinks_stride;
     int64_t table_stride;  // in elements
     int64_t open_key_strides[2], open_value_strides[2];  // of slots, of heads
@@ -76,16 +54,13 @@ void zs_attend_sealed(const Attention *a, const Tile *tile, int block);
 void zs_attend_open(const Attention *a, const Tile *tile);
 
 // Logits of the slots of a block in the zip format, whose head's segment this is.
-void zs_zip_logits(const Form *form, const uint8_t *segment, const Tile *tile);
+void zs_zip_logits(const struct zip_format *form, const uint8_t *segment, const Tile *tile);
 
 // Adds its values to the sums. Changes the weights.
-void zs_zip_values(const Form *form, const uint8_t *segment, const Tile *tile);
+void zs_zip_values(const struct zip_format *form, const uint8_t *segment, const Tile *tile);
 
 // Logits of keys [tokens][dim], for queries [heads][PADDED(dim)].
 void zs_plain_logits(const float *keys, int tokens, int dim, const float *queries, const Tile *tile);
 
 // Adds values [tokens][dim] to the sums.
 void zs_plain_values(const float *values, int tokens, int dim, const Tile *tile);
-
-// `source` as floats: itself, or converted to `scratch`, which has room for PADDED(count).
-const float *zs_widen(const void *source, Type type, int64_t count, float *scratch);

@@ -6,7 +6,7 @@ static const uint8_t *layer_of(const Attention *a, int row, int block) {
 }
 
 const uint8_t *zs_segment(const Attention *a, int row, int block, int kv_head) {
-    return layer_of(a, row, block) + a->form->heads_offset + kv_head * a->form->head_bytes;
+    return layer_of(a, row, block) + a->form->bitmap_bytes + kv_head * a->form->head_bytes;
 }
 
 // Hides tokens below the first visible position. `bitmap` tells which slots they stand in; NULL: those of their number.
@@ -53,7 +53,7 @@ static void soften_tile(const Attention *a, int position, const uint8_t *bitmap,
     }
 }
 
-static void attend_plain(const Attention *a, const uint8_t *keys, const uint8_t *values, Type type, int tokens,
+static void attend_plain(const Attention *a, const uint8_t *keys, const uint8_t *values, enum content type, int tokens,
                          int position, const Tile *tile) {
     const int key_dim = a->form->key_dim, value_dim = a->form->value_dim;
     const float *numbers = zs_widen(keys, type, (int64_t)tokens * key_dim, tile->wide);
@@ -65,7 +65,7 @@ static void attend_plain(const Attention *a, const uint8_t *keys, const uint8_t 
 
 // Sinks stand beside the first block, in whose first slots there is nothing.
 static void attend_zip(const Attention *a, int block, int position, const Tile *tile) {
-    const Form *form = a->form;
+    const struct zip_format *form = a->form;
     const uint8_t *layer = layer_of(a, tile->row, block), *segment = zs_segment(a, tile->row, block, tile->kv_head);
     const int64_t border = SINK_TOKENS * form->key_dim, numbers = border + SINK_TOKENS * form->value_dim;
     if (position == 0) {
@@ -83,13 +83,13 @@ static void attend_zip(const Attention *a, int block, int position, const Tile *
 }
 
 void zs_attend_sealed(const Attention *a, const Tile *tile, int block) {
-    const Form *form = a->form;
+    const struct zip_format *form = a->form;
     const int position = a->starts[tile->row] + block * form->block_tokens;
-    if (form->is_zip) return attend_zip(a, block, position, tile);
-    const int64_t width = form->type == FLOAT32 ? 4 : 2;
+    if (form->content == ZIPPED) return attend_zip(a, block, position, tile);
+    const int64_t width = form->content == FLOAT32 ? 4 : 2;
     const uint8_t *keys = zs_segment(a, tile->row, block, tile->kv_head);
     const uint8_t *values = keys + width * form->block_tokens * form->key_dim;
-    attend_plain(a, keys, values, form->type, form->block_tokens, position, tile);
+    attend_plain(a, keys, values, form->content, form->block_tokens, position, tile);
 }
 
 void zs_attend_open(const Attention *a, const Tile *tile) {

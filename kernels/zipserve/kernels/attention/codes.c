@@ -6,26 +6,9 @@
 // channels of values) are contiguous. The constants are summed once.
 #include "attention.h"
 
-// Of an exponent e: 2^((e - 160) / 8).
-static float scales[256];
-
-__attribute__((constructor)) static void fill_scales(void) {
-    for (int e = 0; e < 256; e++) scales[e] = exp2f((e - 160) / 8.0f);
-}
-
-// Element k of words; of 3 bits `lower` holds the lowest bit, and `upper` the others.
-ALWAYS_INLINE native_f32 code_at(native_u32 upper, native_u32 lower, const int bits, const int k) {
-    native_u32 code;
-    if (bits == 3)
-        code = ((k ? upper >> (2 * k - 1) : upper << 1) & 6) | ((lower >> k) & 1);
-    else
-        code = (upper >> (bits * k)) & ((1 << bits) - 1);
-    return __builtin_convertvector((native_i32)code, native_f32);
-}
-
 // sums[h][column] += sum over i of factors[h][i] * code[i][column]; strides in floats.
 typedef struct {
-    const Region *region;
+    const struct zip_region *region;
     const uint8_t *segment;
     int64_t ahead;  // where to prefetch from
     int contracted, columns;
@@ -38,8 +21,8 @@ typedef struct {
 // `vectors` native vectors of columns from `column` on.
 ALWAYS_INLINE void multiply_columns(const Product *p, int column, const int bits, const int heads, const int vectors) {
     const int per_word = bits == 4 ? 8 : 16;
-    const uint32_t *upper_row = (const uint32_t *)(p->segment + p->region->planes[0]) + column;
-    const uint32_t *lower_row = (const uint32_t *)(p->segment + p->region->planes[1]) + column;
+    const uint32_t *upper_row = (const uint32_t *)(p->segment + p->region->plane[0].offset) + column;
+    const uint32_t *lower_row = (const uint32_t *)(p->segment + p->region->plane[1].offset) + column;
     const float *factors = p->factors;
     const int64_t stride = p->factor_stride, ahead = p->ahead;
     native_f32 acc[TILE_HEADS][MAX_VECTORS];
@@ -85,12 +68,12 @@ static void multiply(const Product *p, int heads) {
 #undef CASE
 }
 
-void zs_zip_logits(const Form *form, const uint8_t *segment, const Tile *tile) {
+void zs_zip_logits(const struct zip_format *form, const uint8_t *segment, const Tile *tile) {
     const int dim = form->key_dim, heads = tile->heads;
     float bias[TILE_HEADS], half[TILE_HEADS];
     f32x16 of_lo[TILE_HEADS] = {{0}}, of_width[TILE_HEADS] = {{0}};
     for (int c = 0; c < dim; c += LANES) {
-        const f32x16 lo = load_half(segment + 2 * c), width = load_half(segment + form->width_offset + 2 * c);
+        const f32x16 lo = load_half(segment + 2 * c), width = load_half(segment + 2 * (dim + c));
         for (int h = 0; h < heads; h++) {
             const f32x16 q = load16(tile->rotated + h * dim + c), product = q * width;
             store16(tile->folded + h * dim + c, product);
@@ -103,7 +86,7 @@ void zs_zip_logits(const Form *form, const uint8_t *segment, const Tile *tile) {
         half[h] = sum_lanes(of_width[h]) / 2;
     }
     float *logits = tile->logits;
-    for (const Region *region = form->keys; region < form->keys + 2; logits += region->tokens, region++) {
+    for (const struct zip_region *region = form->keys; region < form->keys + 2; logits += region->tokens, region++) {
         for (int h = 0; h < heads; h++) memset(logits + h * tile->stride, 0, region->tokens * sizeof(float));
         const Product product = {region,       segment, tile->ahead, dim,         region->tokens,
                                  tile->folded, dim,     logits,      tile->stride};
@@ -115,12 +98,12 @@ void zs_zip_logits(const Form *form, const uint8_t *segment, const Tile *tile) {
     }
 }
 
-void zs_zip_values(const Form *form, const uint8_t *segment, const Tile *tile) {
+void zs_zip_values(const struct zip_format *form, const uint8_t *segment, const Tile *tile) {
     const int dim = form->value_dim, heads = tile->heads;
     const uint8_t *exponents = segment + form->exponent_offset;
     float *weights = tile->logits, *of_slots = tile->wide;
-    for (int slot = 0; slot < form->block_tokens; slot++) of_slots[slot] = scales[exponents[slot]];
-    for (const Region *region = form->values; region < form->values + 2; region++) {
+    for (int slot = 0; slot < form->block_tokens; slot++) of_slots[slot] = scale_of(exponents[slot]);
+    for (const struct zip_region *region = form->values; region < form->values + 2; region++) {
         f32x16 total[TILE_HEADS] = {{0}};
         for (int slot = 0; slot < region->tokens; slot += LANES) {
             const f32x16 scale = load16(of_slots + slot) * region->step;

@@ -1,46 +1,23 @@
 """Calls the C kernel of decode attention: one call a layer, so that what stands here is kept short."""
 
 import ctypes
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 
-from zipserve.kernels import native, rotation
-from zipserve.kernels.zipformat import VALUE_STEPS, Region, ZipFormat
+from zipserve.kernels import native
+from zipserve.kernels.abi import TYPES, format_of
+from zipserve.kernels.zipformat import ZipFormat
 
 if TYPE_CHECKING:
-    from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks
-
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-"""The numbers that the kernel reads, with its names for them: `Type` in attention.h."""
-
-
-class _Region(ctypes.Structure):
-    _fields_ = (
-        ("planes", ctypes.c_int64 * 2),
-        ("bits", ctypes.c_int32),
-        ("tokens", ctypes.c_int32),
-        ("step", ctypes.c_float),
-    )
-
-
-class _Form(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("heads_offset", "head_bytes", "width_offset", "exponent_offset")),
-        *((name, ctypes.c_int32) for name in ("is_zip", "type")),
-        *((name, ctypes.c_int32) for name in ("kv_heads", "key_dim", "value_dim", "block_tokens")),
-        ("keys", _Region * 2),
-        ("values", _Region * 2),
-    )
+    from zipserve.kernels.attention import OpenBlocks, SealedBlocks
 
 
 class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("form", "query", "sealed", "table", "counts", "starts")),
         *((name, ctypes.c_void_p) for name in ("sinks", "sink_slabs", "open_keys", "open_values", "slots")),
-        *((name, ctypes.c_void_p) for name in ("open_counts", "first", "sink_logits", "key_signs", "value_signs")),
-        *((name, ctypes.c_void_p) for name in ("output", "weights")),
+        *((name, ctypes.c_void_p) for name in ("open_counts", "first", "sink_logits", "output", "weights")),
         *((name, ctypes.c_int64) for name in ("sealed_stride", "sinks_stride", "table_stride")),
         *((name, ctypes.c_int64 * 2) for name in ("open_key_strides", "open_value_strides")),
         *((name, ctypes.c_int32) for name in ("rows", "heads", "open_type", "threads")),
@@ -85,7 +62,7 @@ def decode_attention_cpu(
     slots, open_counts = _int32(open_blocks.slots), _int32(open_blocks.counts)
     key_strides, value_strides, size = keys.stride(), values.stride(), keys.element_size()
     arguments = _Attention(
-        ctypes.addressof(_form(form)),
+        ctypes.addressof(format_of(form)),
         query.data_ptr(),
         sealed.data.data_ptr(),
         table.data_ptr(),
@@ -99,8 +76,6 @@ def decode_attention_cpu(
         open_counts.data_ptr(),
         first.data_ptr(),
         None if sink_logits is None else sink_logits.data_ptr(),
-        _signs(form.key_dim).data_ptr(),
-        _signs(form.value_dim).data_ptr(),
         output.data_ptr(),
         None if weights is None else weights.data_ptr(),
         sealed.data.stride(0),
@@ -123,24 +98,3 @@ def decode_attention_cpu(
 def _int32(index: torch.Tensor) -> torch.Tensor:
     """Itself, in nearly all cases."""
     return index if index.dtype is torch.int32 and index.is_contiguous() else index.int().contiguous()
-
-
-@functools.cache
-def _form(form: "ZipFormat | RawFormat") -> _Form:
-    if isinstance(form, ZipFormat):
-        parts = (form.head_offset(0), form.head_bytes, form.width_offset, form.exponent_offset, True, 0)
-        keys, values = (_Region * 2)(*map(_region, form.keys)), (_Region * 2)(*map(_region, form.values))
-    else:
-        parts = (0, form.layer_bytes // form.kv_heads, 0, 0, False, TYPES[form.dtype])
-        keys, values = (_Region * 2)(), (_Region * 2)()
-    return _Form(*parts, form.kv_heads, form.key_dim, form.value_dim, form.block_tokens, keys, values)
-
-
-def _region(region: Region) -> _Region:
-    offsets = [at for _, at, _ in region.planes]
-    return _Region((offsets[0], offsets[-1]), region.bits, region.tokens, VALUE_STEPS[region.bits])
-
-
-@functools.cache
-def _signs(dim: int) -> torch.Tensor:
-    return torch.tensor(rotation.signs(dim))

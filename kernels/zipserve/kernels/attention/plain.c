@@ -63,7 +63,7 @@ void zs_plain_values(const float *values, int tokens, int dim, const Tile *tile)
     }
 }
 
-const float *zs_widen(const void *source, Type type, int64_t count, float *scratch) {
+const float *zs_widen(const void *source, enum content type, int64_t count, float *scratch) {
     if (type == FLOAT32) return source;
     const uint16_t *halves = source;
     int64_t i = 0;

@@ -56,8 +56,5 @@ def _sealed(sealed: "SealedBlocks", row: int) -> tuple[torch.Tensor, torch.Tenso
             sink_slabs[0] = sealed.sink_slabs[row]
         keys, values = dequantize_reference(sealed.data, slabs, form, sealed.sinks, sink_slabs)
     else:
-        size, border = form.block_tokens * (form.key_dim + form.value_dim), form.block_tokens * form.key_dim
-        heads = sealed.data[slabs].view(form.dtype).view(count, form.kv_heads, size).float()
-        keys = torch.unflatten(heads[..., :border], 2, (form.block_tokens, form.key_dim))
-        values = torch.unflatten(heads[..., border:], 2, (form.block_tokens, form.value_dim))
+        keys, values = (part.float() for part in form.decode(sealed.data, slabs))
     return keys.transpose(0, 1).flatten(1, 2), values.transpose(0, 1).flatten(1, 2)

@@ -76,13 +76,6 @@ static void dequantize_keys(const struct task *task) {
     }
 }
 
-// 2^((e - 160) / 8)
-static inline float scale_of(uint8_t e) {
-    static const float eighths[8] = {1.0f,        1.09050773f, 1.18920712f, 1.29683955f,
-                                     1.41421356f, 1.54221083f, 1.68179283f, 1.83400809f};
-    return float_from((uint32_t)(127 - 20 + e / 8) << 23) * eighths[e % 8];
-}
-
 static void dequantize_values(const struct task *task) {
     const struct zip_format *form = task->form;
     const int dim = form->value_dim & -HEAD_DIM_MULTIPLE, hi_tokens = form->values[0].tokens;
