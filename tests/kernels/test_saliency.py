@@ -1,21 +1,20 @@
 """The CPU kernel of probe saliency against its reference; keys that no row sees are NaN."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tolerances import WEIGHTS_CPU
 from zipserve.kernels import native
-from zipserve.kernels.saliency import probe_scores, probe_scores_reference
+from zipserve.kernels.saliency import log_sum_exp, probe_scores, probe_scores_reference
 from zipserve.kernels.saliency.cpu import runs_on_cpu
 from zipserve.kernels.zipformat import probe_offsets
-
-TOLERANCE = 2e-6
-"""Absolute; a score is a sum of at most 14 weights."""
 
 
 @dataclass
@@ -32,6 +31,7 @@ class Case:
     scale: float
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
     def run(self) -> torch.Tensor:
         return probe_scores(*self._arguments())
@@ -44,7 +44,7 @@ class Case:
         assert runs_on_cpu(self.query)
         wanted = self.run_reference()
         assert wanted.isfinite().all()
-        torch.testing.assert_close(self.run(), wanted, rtol=0, atol=TOLERANCE)
+        torch.testing.assert_close(self.run(), wanted, rtol=0, atol=WEIGHTS_CPU)
 
     def _arguments(self) -> tuple:  # type: ignore[type-arg]
         return astuple(self)
@@ -153,6 +153,65 @@ def test_threads_change_nothing() -> None:
         torch.set_num_threads(threads)
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("window", [10, 130, 10**6])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_known_sums_need_no_earlier_keys(window: int, softcap: float | None, with_sinks: bool) -> None:
+    case = case_of(2, 3, 32, 460, before=200, window=window)
+    case = replace(case, softcap=softcap, sinks=torch.linspace(-3, 6, 6) if with_sinks else None)
+    keys = case.keys.nan_to_num()  # of a row that sees no key, 0 * NaN is none
+    lse = log_sum_exp(case.query, keys, case.own, case.first, case.scale, softcap, case.sinks)
+    products = torch.einsum("hd,hkd->hk", case.query[:, -1], keys.repeat_interleave(3, 0)) * case.scale
+    if softcap is not None:
+        products = torch.tanh(products / softcap) * softcap
+    seen = products[:, int(case.first[-1]) : int(case.own[-1]) + 1]
+    seen = seen if case.sinks is None else torch.cat((seen, case.sinks[:, None]), 1)
+    torch.testing.assert_close(lse[:, -1], seen.logsumexp(1))
+    behind = replace(
+        case, keys=case.keys[:, 200:], own=case.own - 200, first=case.first - 200, starts=case.starts - 200, lse=lse
+    )
+    behind.check()
+    torch.testing.assert_close(behind.run(), case.run(), rtol=0, atol=WEIGHTS_CPU)
+
+
+def test_one_overwhelming_score() -> None:
+    """Rounding may put it above the logarithm of the whole sum."""
+    case = case_of(1, 2, 16, 256)
+    case = replace(case, query=case.query * 100)
+    lse = log_sum_exp(case.query, case.keys.nan_to_num(), case.own, case.first, case.scale)
+    torch.testing.assert_close(replace(case, lse=lse).run(), case.run(), rtol=0, atol=2e-4)  # scores of size 100
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda case: {"query": case.query[:3]},
+        lambda case: {"keys": case.keys[..., :8]},
+        lambda case: {"own": case.own[1:]},
+        lambda case: {"first": case.first[1:]},
+        lambda _: {"sinks": torch.zeros(5)},
+        lambda _: {"lse": torch.zeros(4, 3)},
+    ],
+)
+def test_shapes_that_do_not_fit(change: Callable[[Case], dict[str, Any]]) -> None:
+    case = case_of(2, 2, 16, 256)
+    with pytest.raises(ValueError, match=r"must be|does not fit"):
+        replace(case, **change(case)).run()
+
+
+@pytest.mark.parametrize(
+    ("field", "row", "number"),
+    [("own", 5, 256), ("own", 3, -1), ("own", 20, 0), ("own", 2, 128), ("block", 27, 2), ("block", 0, -1),
+     ("block", 14, 0), ("block", 4, 1), ("first", 2, -1)],
+)  # fmt: skip
+def test_rows_that_do_not_exist(field: str, row: int, number: int) -> None:
+    case = case_of(2, 2, 16, 256)
+    index = getattr(case, field).clone()
+    index[row] = number
+    with pytest.raises(IndexError, match=r"row \d+: no token"):
+        replace(case, **{field: index}).run()
 
 
 @settings(max_examples=40)

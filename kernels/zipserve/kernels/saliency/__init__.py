@@ -8,10 +8,10 @@ of rows that can see it, estimated from a few rows. Here the rows are fixed ones
 import torch
 
 from zipserve.kernels.saliency.cpu import probe_scores_cpu, runs_on_cpu
-from zipserve.kernels.saliency.reference import probe_scores_reference
+from zipserve.kernels.saliency.reference import log_sum_exp_reference, probe_scores_reference
 from zipserve.kernels.zipformat import SINK_TOKENS, ZipFormat, probe_counts
 
-__all__ = ["classify", "probe_scores", "probe_scores_reference"]
+__all__ = ["classify", "log_sum_exp", "probe_scores", "probe_scores_reference"]
 
 
 def probe_scores(
@@ -25,6 +25,7 @@ def probe_scores(
     scale: float,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention that the probe rows of one sequence pay to the tokens of their blocks: sums of softmax weights.
 
@@ -32,25 +33,54 @@ def probe_scores(
 
     Args:
         query: [heads, p, key_dim]: the probe rows.
-        keys: [kv_heads, n, key_dim]: all keys that any of them sees, in the order of positions.
+        keys: [kv_heads, n, key_dim]: all keys that any of them sees, in the order of positions; with `lse` those of
+            the blocks are enough.
         own: int64 [p]: index in `keys` of each row's own token, the last one that it sees.
-        first: int64 [p]: index of the first key that it sees.
+        first: int64 [p]: index of the first key that it sees; with `lse` below 0 where that is not in `keys`.
         block: int64 [p], ascending: which block the row belongs to.
         starts: int64 [b]: index in `keys` of each block's first token. A block may end behind the last key.
         scale: of the products.
         softcap: scores s become softcap * tanh(s / softcap).
         sinks: [heads]: one more logit per head that takes part in the softmax and has no key.
+        lse: float32 [heads, p]: what `log_sum_exp` gives for the rows, where it is known.
 
     Returns:
         float32 [b, block_tokens]: for each token of each block the sum over the block's rows of the weight, mean over
         heads; 0 where no row sees it.
+
+    Raises:
+        ValueError: shapes that do not fit each other, on the CPU.
+        IndexError: a row's token or block does not exist, or blocks descend, on the CPU.
     """
     if query.is_cuda:
         from zipserve.kernels.saliency.triton_kernel import probe_scores_triton  # noqa: PLC0415  a CPU needs no Triton
 
-        return probe_scores_triton(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
+        return probe_scores_triton(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks, lse)
     scores = probe_scores_cpu if runs_on_cpu(query) else probe_scores_reference
-    return scores(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks)
+    return scores(query, keys, own, first, block, starts, block_tokens, scale, softcap, sinks, lse)
+
+
+def log_sum_exp(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    own: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Natural logarithm of the sum of e^score over all keys that each row sees, and its sink logit.
+
+    Args: as in `probe_scores`.
+
+    Returns:
+        float32 [heads, p].
+    """
+    if query.is_cuda:
+        from zipserve.kernels.saliency.triton_kernel import log_sum_exp_triton  # noqa: PLC0415  a CPU needs no Triton
+
+        return log_sum_exp_triton(query, keys, own, first, scale, softcap, sinks)
+    return log_sum_exp_reference(query, keys, own, first, scale, softcap, sinks)
 
 
 def classify(scores: torch.Tensor, form: ZipFormat, at_start: torch.Tensor) -> torch.Tensor:

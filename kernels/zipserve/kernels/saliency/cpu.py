@@ -6,12 +6,16 @@ import torch
 
 from zipserve.kernels import native
 
+_NO_MEMORY = -2
+
 
 class _Saliency(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "own", "first", "block", "starts", "sinks", "scores")),
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "own", "first", "block", "starts")),
+        *((name, ctypes.c_void_p) for name in ("sinks", "lse", "scores")),
         *((name, ctypes.c_int64 * 2) for name in ("query_strides", "key_strides")),
-        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "rows", "dim", "blocks", "block_tokens", "threads")),
+        *((name, ctypes.c_int32) for name in ("heads", "kv_heads", "rows", "keys_count", "dim")),
+        *((name, ctypes.c_int32) for name in ("blocks", "block_tokens", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
 
@@ -32,13 +36,20 @@ def probe_scores_cpu(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    lse: torch.Tensor | None,
 ) -> torch.Tensor:
     """See zipserve.kernels.saliency.probe_scores; only where `runs_on_cpu`."""
     library = native.load()
     assert library is not None
+    heads, rows, key_dim = query.shape
+    if heads % keys.shape[0] or keys.shape[2] != key_dim or (lse is not None and lse.shape != (heads, rows)):
+        raise ValueError(f"query {[*query.shape]} does not fit keys {[*keys.shape]}, or its lse")
+    if any(index.shape != (rows,) for index in (own, first, block)) or (sinks is not None and sinks.shape != (heads,)):
+        raise ValueError(f"own, first and block must be [{rows}], and sinks [{heads}]")
     query, keys = _rows(query), _rows(keys)
     own, first, block, starts = (index.long().contiguous() for index in (own, first, block, starts))
     sinks = None if sinks is None else sinks.float().contiguous()
+    lse = None if lse is None else lse.float().contiguous()
     scores = torch.empty(len(starts), block_tokens)
     arguments = _Saliency(
         query.data_ptr(),
@@ -48,21 +59,18 @@ def probe_scores_cpu(
         block.data_ptr(),
         starts.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
+        None if lse is None else lse.data_ptr(),
         scores.data_ptr(),
         query.stride()[:2],
         keys.stride()[:2],
-        query.shape[0],
-        keys.shape[0],
-        query.shape[1],
-        query.shape[2],
-        len(starts),
-        block_tokens,
-        torch.get_num_threads(),
-        scale,
-        softcap or 0.0,
+        *(heads, keys.shape[0], rows, keys.shape[1], key_dim, len(starts), block_tokens, torch.get_num_threads()),
+        *(scale, softcap or 0.0),
     )
-    if library.zs_saliency(ctypes.byref(arguments)):
+    wrong = library.zs_saliency(ctypes.byref(arguments))
+    if wrong == _NO_MEMORY:
         raise MemoryError(f"saliency of {len(starts)} blocks")
+    if wrong >= 0:
+        raise IndexError(f"row {wrong}: no token {int(own[wrong])} or no block {int(block[wrong])} in its order")
     return scores
 
 

@@ -26,9 +26,10 @@ typedef struct {
     const float *keys;   // [kv_heads, n, dim]
     const int64_t *own, *first, *block, *starts;
     const float *sinks;  // [heads] or NULL
+    const float *lse;    // [heads, rows] or NULL
     float *scores;       // [blocks, block_tokens]
     int64_t query_strides[2], key_strides[2];
-    int32_t heads, kv_heads, rows, dim, blocks, block_tokens, threads;
+    int32_t heads, kv_heads, rows, keys_count, dim, blocks, block_tokens, threads;
     float scale, softcap;  // softcap 0: none
 } Saliency;
 
@@ -86,7 +87,10 @@ static void fill_tile(const Saliency *s, const Item *item, Tile *tile) {
         tile->all_from = MAX(tile->all_from, s->first[row]);
         tile->all_to = MIN(tile->all_to, s->own[row]);
         tile->highest = MAX(tile->highest, s->own[row]);
-        if (s->sinks) {
+        if (s->lse) {
+            tile->maximum[l / LANES][l % LANES] = s->lse[(int64_t)head * s->rows + row];
+            tile->total[l / LANES][l % LANES] = 1;
+        } else if (s->sinks) {
             tile->maximum[l / LANES][l % LANES] = s->sinks[head];
             tile->total[l / LANES][l % LANES] = 1;
         }
@@ -157,11 +161,19 @@ static void soften(const Item *item, Tile *tile, int count) {
     }
 }
 
+// Turns scores into shares of the whole, whose logarithm is known.
+static void divide(const Item *item, const Tile *tile, int count) {
+    for (int i = 0; i < count * item->vectors; i++) {
+        float *x = tile->scores + i * LANES;
+        store16(x, exp16(load16(x) - tile->maximum[i % item->vectors]));
+    }
+}
+
 // The item's part of its block's scores: [block_tokens], sums over its query rows.
 static void attend(const Saliency *s, const Item *item, Tile *tile, float *part) {
     fill_tile(s, item, tile);
     const int64_t start = s->starts[item->block], end = MIN(tile->highest + 1, start + s->block_tokens);
-    for (int64_t key = tile->lowest; key < MIN(start, end); key += CHUNK) {
+    for (int64_t key = s->lse ? end : tile->lowest; key < MIN(start, end); key += CHUNK) {
         const int count = MIN(CHUNK, MIN(start, end) - key);
         score(s, item, tile, key, count);
         soften(item, tile, count);
@@ -170,7 +182,10 @@ static void attend(const Saliency *s, const Item *item, Tile *tile, float *part)
     const int64_t begin = MAX(start, tile->lowest);
     if (begin >= end) return;
     score(s, item, tile, begin, end - begin);
-    soften(item, tile, end - begin);
+    if (s->lse)
+        divide(item, tile, end - begin);
+    else
+        soften(item, tile, end - begin);
     f32x16 shares[TILE_VECTORS];
     for (int v = 0; v < item->vectors; v++)  // 0 for lanes behind the last query row, whose `own` is -1
         shares[v] = select16(tile->own[v] >> 31, splat(0), splat(1.0f / s->heads) / tile->total[v]);
@@ -184,12 +199,25 @@ static void attend(const Saliency *s, const Item *item, Tile *tile, float *part)
 
 static int64_t products(const Saliency *s) {
     int64_t keys = 0;
-    for (int row = 0; row < s->rows; row++) keys += s->own[row] + 1 - s->first[row];
+    for (int row = 0; row < s->rows; row++) keys += s->lse ? s->block_tokens : s->own[row] + 1 - s->first[row];
     return keys * s->heads * s->dim;
 }
 
-// Returns 0, or 1 where there is no memory.
+// The first row whose token or block does not exist, or whose block stands before the last row's; or -1.
+static int wrong_row(const Saliency *s) {
+    for (int row = 0; row < s->rows; row++) {
+        const int64_t block = s->block[row];
+        if (block < (row ? s->block[row - 1] : 0) || block >= s->blocks) return row;
+        if (s->starts[block] < 0 || s->own[row] < s->starts[block] || s->own[row] >= s->keys_count) return row;
+        if (s->own[row] >= s->starts[block] + s->block_tokens || (!s->lse && s->first[row] < 0)) return row;
+    }
+    return -1;
+}
+
+// Returns -1; or the first row whose indices are wrong; or -2 where there is no memory.
 int zs_saliency(const Saliency *s) {
+    const int wrong = wrong_row(s);
+    if (wrong >= 0) return wrong;
     const int count = list_items(s, NULL), size = s->block_tokens;
     const int64_t tile_floats = (int64_t)TILE_VECTORS * LANES * (s->dim + MAX(CHUNK, size));
     Item *items = malloc((count + 1) * sizeof *items);
@@ -214,5 +242,5 @@ int zs_saliency(const Saliency *s) {
     }
     free(items);
     free(parts);
-    return failed;
+    return failed ? -2 : -1;
 }

@@ -4,6 +4,8 @@ Rows are those of all heads of a group, probe by probe, so that keys are read on
 order that depends on timing: a block's bytes can be made again.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -24,29 +26,58 @@ def probe_scores_triton(
     scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See zipserve.kernels.saliency.probe_scores."""
-    heads, probes, key_dim = query.shape
+    heads = query.shape[0]
     kv_heads, blocks = keys.shape[0], len(starts)
+    if lse is None:
+        lse = log_sum_exp_triton(query, keys, own, first, scale, softcap, sinks)
+    divisors = (lse.T / math.log(2)).contiguous()  # [p, heads]
     query = query.transpose(0, 1).contiguous()  # [p, heads, key_dim]
     keys = keys if keys.stride(2) == 1 else keys.contiguous()
-    group = heads // kv_heads
-    divisors = torch.empty(probes, heads, dtype=torch.float32, device=query.device)
     found = torch.empty(kv_heads, blocks, block_tokens, dtype=torch.float32, device=query.device)
-    shared = query, keys, keys.stride(0), keys.stride(1), keys.shape[1], own, first
-    wide = query.dtype == torch.float32  # takes more registers
-    sizes = {"KV_HEADS": kv_heads, "GROUP": group, "KEY_DIM": key_dim, "KEY_PAD": padded(key_dim), "TOKENS": _TOKENS}
-    rows = 16 if wide else 64
-    _divisor_kernel[triton.cdiv(probes * group, rows), kv_heads](
-        *shared, sinks, divisors, probes, scale, softcap, **sizes, ROWS=rows
-    )
     # of each block the first row, and the one behind the last
     limits = torch.searchsorted(block, torch.arange(blocks + 1, device=block.device))
     _column_kernel[blocks, kv_heads, triton.cdiv(block_tokens, _TOKENS)](
-        *shared, starts, limits, divisors, found, block_tokens, scale, softcap, **sizes, ROWS=16 if wide else 32,
+        query, keys, keys.stride(0), keys.stride(1), keys.shape[1], own, first, starts, limits, divisors, found,
+        block_tokens, scale, softcap, **_sizes(heads, keys), ROWS=16 if query.dtype == torch.float32 else 32,
         num_stages=1,
     )  # fmt: skip
     return found.sum(0) / heads
+
+
+def log_sum_exp_triton(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    own: torch.Tensor,
+    first: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """See zipserve.kernels.saliency.log_sum_exp."""
+    heads, probes, _ = query.shape
+    query = query.transpose(0, 1).contiguous()  # [p, heads, key_dim]
+    keys = keys if keys.stride(2) == 1 else keys.contiguous()
+    divisors = torch.empty(probes, heads, dtype=torch.float32, device=query.device)
+    rows = 16 if query.dtype == torch.float32 else 64  # float32 takes more registers
+    _divisor_kernel[triton.cdiv(probes * (heads // keys.shape[0]), rows), keys.shape[0]](
+        query, keys, keys.stride(0), keys.stride(1), keys.shape[1], own, first, sinks, divisors, probes, scale,
+        softcap, **_sizes(heads, keys), ROWS=rows,
+    )  # fmt: skip
+    return divisors.T * math.log(2)
+
+
+def _sizes(heads: int, keys: torch.Tensor) -> dict[str, int]:
+    kv_heads, _, key_dim = keys.shape
+    return {
+        "KV_HEADS": kv_heads,
+        "GROUP": heads // kv_heads,
+        "KEY_DIM": key_dim,
+        "KEY_PAD": padded(key_dim),
+        "TOKENS": _TOKENS,
+    }
 
 
 @triton.jit(do_not_specialize=["count", "probes"])
