@@ -140,10 +140,23 @@ def test_equals_generate_with_blocks_of_128(family: str) -> None:
     assert serve(wrap(module, "tiny", "0"), prompts, block_tokens=128, chunks=[200]) == expected
 
 
-def test_window_wider_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts longer than a tile, with windows that begin inside of one and inside of a block."""
-    monkeypatch.setattr("zipserve.engine.chunk.TILE_TOKENS", 16)
-    module = tiny("mistral", sliding_window=21)
+@pytest.mark.parametrize("with_kernel", [True, False])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("mistral", {"sliding_window": 21}),
+        ("gpt_oss", {**EXPERTS, "sliding_window": 21}),
+        ("llama4_text", {**EXPERTS, "attention_chunk_size": 21, "intermediate_size_mlp": 96}),
+    ],
+)
+def test_windows_of_long_prompts(
+    name: str, settings: dict[str, Any], with_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts longer than a tile of queries, with windows that begin inside of one and inside of a block."""
+    if not with_kernel:
+        monkeypatch.setattr("zipserve.kernels.prefill_attention.runs_on_cpu", lambda *_: False)
+        monkeypatch.setattr("zipserve.kernels.prefill_attention.dense.TILE_TOKENS", 16)
+    module = tiny(name, **settings)
     prompts = random_prompts(90, 50)
     expected = [generate(module, prompt) for prompt in prompts]
     assert serve(wrap(module, "tiny", "0"), prompts, block_tokens=8, chunks=[61, 200]) == expected

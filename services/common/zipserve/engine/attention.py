@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F  # noqa: N812  its usual name
 from transformers import AttentionInterface
 
 from zipserve.common.errors import InvalidRequestError
@@ -36,15 +35,6 @@ class Visibility:
         chunk = position - position % self.chunk if self.chunk is not None else 0
         return max(0, window, chunk)
 
-    def mask(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """True where the query at position queries[i] sees the key at position keys[j]; shapes broadcast."""
-        seen = keys <= queries
-        if self.window is not None:
-            seen &= keys > queries - self.window
-        if self.chunk is not None:
-            seen &= keys >= queries - queries % self.chunk
-        return seen
-
 
 @dataclass(frozen=True)
 class Scoring:
@@ -56,11 +46,6 @@ class Scoring:
     """Scores s become softcap * tanh(s / softcap)."""
     sinks: torch.Tensor | None = None
     """[heads]: one more logit per head that takes part in the softmax and has no value."""
-
-    @property
-    def plain(self) -> bool:
-        """True where softmax(scale * q k) v is all there is to it."""
-        return self.softcap is None and self.sinks is None
 
 
 class Attender(Protocol):
@@ -105,51 +90,6 @@ def in_hand() -> Attender:
     if attender is None:
         raise RuntimeError("the module was called outside of the engine")
     return attender
-
-
-def weights(scores: torch.Tensor, scoring: Scoring, visible: torch.Tensor | None) -> torch.Tensor:
-    """Softmax weights of scaled scores, in float32.
-
-    Args:
-        scores: [..., heads, queries, keys], already scaled.
-        visible: bool, broadcastable to `scores`; None where every key is visible.
-    """
-    scores = scores.float()
-    if scoring.softcap is not None:
-        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    if scoring.sinks is None:
-        return scores.softmax(-1)
-    sinks = scoring.sinks.float().view(-1, 1, 1).expand(*scores.shape[:-1], 1)
-    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
-
-
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, visible: torch.Tensor | None
-) -> torch.Tensor:
-    """Attention of one sequence's queries over its keys.
-
-    Args:
-        query: [heads, queries, key_dim].
-        key: [kv_heads, keys, key_dim].
-        value: [kv_heads, keys, value_dim].
-        visible: bool [queries, keys]; None means causal, with as many queries as keys.
-
-    Returns:
-        [heads, queries, value_dim]
-    """
-    groups = query.shape[0] // key.shape[0]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
-    if scoring.plain:
-        return F.scaled_dot_product_attention(
-            query[None], key[None], value[None], attn_mask=visible, is_causal=visible is None, scale=scoring.scale
-        )[0]
-    if visible is None:
-        visible = query.new_ones(query.shape[1], key.shape[1], dtype=torch.bool).tril()
-    probabilities = weights(torch.matmul(query * scoring.scale, key.transpose(1, 2)), scoring, visible)
-    return torch.matmul(probabilities.to(value.dtype), value)
 
 
 def _hook(

@@ -52,7 +52,7 @@ class Batch:
             rows = slice(0, self._decode.count)
             output[rows] = self._decode.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring)
         for rows, chunk in self._chunks:
-            output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring).transpose(0, 1)
+            output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring)
         return output
 
     def refused(self) -> dict[int, KvValueError]:

@@ -1,14 +1,25 @@
 """Attention and KV of several new tokens of one sequence: a prompt, or a part of it."""
 
+from dataclasses import dataclass
+
 import torch
 
-from zipserve.engine.attention import Scoring, Visibility, attend
+from zipserve.engine.attention import Scoring, Visibility
 from zipserve.engine.cache import KvCache
 from zipserve.engine.probes import Probes
 from zipserve.engine.sequence import Sequence
+from zipserve.kernels.attention import RawFormat
+from zipserve.kernels.prefill_attention import Prefix, prefill_attention
 
-TILE_TOKENS = 512
-"""Queries that share one mask: bounds its memory, and lets windows skip the keys that no query of a tile sees."""
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the new tokens see under one visibility; the same for all layers that see alike."""
+
+    past: slice
+    """Sealed blocks that any of them sees."""
+    first: torch.Tensor | None
+    """int32 [tokens]: lowest position that each sees; None: everything."""
 
 
 class Chunk:
@@ -24,7 +35,7 @@ class Chunk:
         blocks = self._end // size
         self._slabs = torch.tensor(sequence.blocks[:blocks], dtype=torch.int64, device=cache.device)
         self._sink_slabs = torch.tensor(sequence.sink_slabs(0, blocks), dtype=torch.int64, device=cache.device)
-        self._masks: dict[tuple[Visibility, int, int], torch.Tensor] = {}
+        self._views: dict[Visibility, _Seen] = {}
         self._probes = Probes(self._start, self._end, size, cache.device) if cache.codec.needs_scores else None
         self.full_blocks = blocks - self._sealed
         """Blocks that become full."""
@@ -36,60 +47,54 @@ class Chunk:
     ) -> torch.Tensor:
         """Attention over the sealed blocks, the open block and the new tokens, which are then written.
 
-        Args: as Attender.attend; returns [heads, tokens, value_dim].
+        Args: as Attender.attend; returns [tokens, heads, value_dim].
         """
         if self._open:
             key = torch.cat((self._cache.open_keys[layer, self._slot, :, : self._open], key), 1)
             value = torch.cat((self._cache.open_values[layer, self._slot, :, : self._open], value), 1)
-        seen = scoring.visibility
-        base = min(seen.first(self._start) // self._cache.layout.block_tokens, self._sealed)
-        all_keys, all_values = self._with_past(layer, base, key, value)
-        offset = base * self._cache.layout.block_tokens  # position of the first key
-        output = self._over_past(query, all_keys, all_values, scoring, offset)
+        seen = self._seen(scoring.visibility)
+        output, lse = prefill_attention(
+            query,
+            key,
+            value,
+            self._start,
+            scale=scoring.scale,
+            prefix=self._prefix(layer, seen.past),
+            first=seen.first,
+            softcap=scoring.softcap,
+            sink_logits=scoring.sinks,
+            lse_rows=None if self._probes is None else self._probes.rows,
+        )
         scores = None
-        if self._probes is not None:
-            scores = self._probes.scores(query, all_keys, scoring, offset)
+        if self._probes is not None and lse is not None:
+            scores = self._probes.scores(query, key, lse, scoring)
             if self._open:
                 scores[0] += self._cache.open_scores[layer, self._slot]
         self._write(layer, key, value, scores)
-        return output
+        return output.to(query.dtype)
 
-    def _with_past(
-        self, layer: int, base: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values from block `base` on; `key` and `value` start with the open block."""
-        if base == self._sealed:
-            return key, value
-        past = slice(base, self._sealed)
-        past_key, past_value = self._cache.codec.read_blocks(layer, self._slabs[past], self._sink_slabs[past])
-        return (
-            torch.cat((past_key.transpose(0, 1).flatten(1, 2), key), 1),
-            torch.cat((past_value.transpose(0, 1).flatten(1, 2), value), 1),
-        )
+    def _seen(self, visibility: Visibility) -> _Seen:
+        seen = self._views.get(visibility)
+        if seen is None:
+            firsts = [visibility.first(position) for position in range(self._start, self._end)]
+            base = min(firsts[0] // self._cache.layout.block_tokens, self._sealed)
+            first = torch.tensor(firsts, dtype=torch.int32, device=self._cache.device) if firsts[-1] else None
+            seen = self._views[visibility] = _Seen(slice(base, self._sealed), first)
+        return seen
 
-    def _over_past(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, offset: int
-    ) -> torch.Tensor:
-        seen = scoring.visibility
-        if self._start == 0 and seen.first(self._end - 1) == 0:
-            return attend(query, key, value, scoring, None)
-        outputs = []
-        for start in range(self._start, self._end, TILE_TOKENS):
-            end = min(start + TILE_TOKENS, self._end)
-            first = seen.first(start)
-            queries, keys = slice(start - self._start, end - self._start), slice(first - offset, end - offset)
-            mask = self._mask(seen, start, end)
-            outputs.append(attend(query[:, queries], key[:, keys], value[:, keys], scoring, mask))
-        return torch.cat(outputs, 1)
-
-    def _mask(self, visibility: Visibility, start: int, end: int) -> torch.Tensor:
-        """Of queries start .. end over keys first(start) .. end; made once for all layers that see alike."""
-        mask = self._masks.get((visibility, start, end))
-        if mask is None:
-            queries = torch.arange(start, end, device=self._cache.device)
-            keys = torch.arange(visibility.first(start), end, device=self._cache.device)
-            mask = self._masks[visibility, start, end] = visibility.mask(queries[:, None], keys)
-        return mask
+    def _prefix(self, layer: int, past: slice) -> Prefix | None:
+        """Sealed blocks as they are, or decoded where the codec must."""
+        if past.start == past.stop:
+            return None
+        codec, slabs, sink_slabs = self._cache.codec, self._slabs[past], self._sink_slabs[past]
+        sealed = codec.sealed(layer)
+        if sealed is not None:
+            return Prefix(sealed.form, sealed.data, slabs, sealed.sinks, sink_slabs)
+        keys, values = codec.read_blocks(layer, slabs, sink_slabs)
+        form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
+        data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)
+        index = torch.arange(len(slabs), device=slabs.device)
+        return Prefix(form, data, index, self._cache.arenas.sinks, sink_slabs)
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Stores tokens from the open block's first one on: full blocks sealed, the rest in the open block."""

@@ -12,42 +12,46 @@ class Probes:
 
     def __init__(self, start: int, end: int, block_tokens: int, device: torch.device) -> None:
         offsets = set(probe_offsets(block_tokens))
+        first = start // block_tokens
         self._positions = [position for position in range(start, end) if position % block_tokens in offsets]
         self._block_tokens = block_tokens
         self._device = device
-        first = start // block_tokens
-        self._rows = self._index([position - start for position in self._positions])
-        self._own = self._index(self._positions)
+        self.rows = self._index([position - start for position in self._positions])
+        """int64 [p]: which of the new tokens they are."""
+        offset = first * block_tokens  # position of the first key
+        self._own = self._index([position - offset for position in self._positions])
         self._block = self._index([position // block_tokens - first for position in self._positions])
-        blocks = range(first, -(-end // block_tokens))
-        self._starts = self._index([block * block_tokens for block in blocks])
+        self._offset = offset
+        self._starts = self._index(list(range(0, end - offset, block_tokens)))
         self._first: dict[Visibility, torch.Tensor] = {}
 
-    def scores(self, query: torch.Tensor, keys: torch.Tensor, scoring: Scoring, offset: int) -> torch.Tensor:
+    def scores(self, query: torch.Tensor, keys: torch.Tensor, lse: torch.Tensor, scoring: Scoring) -> torch.Tensor:
         """What the probe rows pay to the tokens of their blocks, in the layer at hand.
 
         Args:
             query: [heads, tokens, key_dim] of all new tokens.
-            keys: [kv_heads, n, key_dim] from position `offset`, the start of a block, up to the last new token.
+            keys: [kv_heads, n, key_dim] from the start of the block that the first new token lies in.
+            lse: float32 [heads, p]: of the probe rows, from their attention.
 
         Returns:
             float32 [blocks, block_tokens], for every block that a new token lies in.
         """
         first = self._first.get(scoring.visibility)
         if first is None:
-            first = self._index([scoring.visibility.first(position) for position in self._positions])
+            first = self._index([scoring.visibility.first(position) - self._offset for position in self._positions])
             self._first[scoring.visibility] = first
         return probe_scores(
-            query.index_select(1, self._rows),
+            query.index_select(1, self.rows),
             keys,
-            self._own - offset,
-            first - offset,
+            self._own,
+            first,
             self._block,
-            self._starts - offset,
+            self._starts,
             self._block_tokens,
             scoring.scale,
             scoring.softcap,
             scoring.sinks,
+            lse,
         )
 
     def _index(self, numbers: list[int]) -> torch.Tensor:
