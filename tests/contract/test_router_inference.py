@@ -61,13 +61,16 @@ async def test_generate_from_token_ids(cluster: Cluster) -> None:
 async def test_what_the_workers_are_asked(alone: Cluster) -> None:
     prefill, decode = await alone.add("p0"), await alone.add("d0")
     stop = StopConditions(max_tokens=7, stop_token_ids=[9])
-    await answer(alone.generate(stop=stop, metadata=[("x-request-id", "mine-1")], sampling=SamplingParams(top_k=3)))
+    await answer(
+        alone.generate(stop=stop, metadata=[("x-request-id", "mine-1")], sampling=SamplingParams(top_k=3), priority=-3)
+    )
     asked, continued = prefill.requests[0], decode.requests[0]
     assert (asked.request_id, continued.request_id) == ("mine-1", "mine-1")
     assert [m["x-request-id"] for m in (prefill.metadata[0], decode.metadata[0])] == ["mine-1", "mine-1"]
     assert list(asked.token_ids) == list(PROMPT.ids)  # type: ignore[union-attr]
     assert asked.layout_fingerprint == b"layout A"  # type: ignore[union-attr]
     assert asked.sampling == continued.sampling
+    assert (asked.priority, continued.priority) == (-3, -3)
     assert asked.sampling.HasField("seed")
     assert (asked.sampling.top_k, asked.sampling.temperature) == (3, 1.0)
     assert continued.handle.mac == b"signed"  # type: ignore[union-attr]

@@ -146,7 +146,7 @@ def test_values_out_of_range(name: str, value: str, monkeypatch: pytest.MonkeyPa
         ("codec", "zap"),
         ("lease_ttl_s", "0"),
         ("lease_ttl_s", "inf"),
-        ("batch_tokens_max", "0"),
+        ("step_tokens", "-1"),
         ("deadline_default_s", "0"),
         ("deadline_default_s", "inf"),
     ],

@@ -17,6 +17,7 @@ from zipserve.common.settings import ServiceSettings
 from zipserve.common.transport import ArenaInfo
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
+from zipserve.engine.saturation import measure
 from zipserve.engine.startup import Weights, load_ready
 from zipserve.v1.worker_service_pb2 import Capabilities, WorkerRole
 
@@ -51,6 +52,9 @@ class WorkerSettings(ServiceSettings):
     are held at once. Unset: as many as kv_tails or sequences_max, whichever is more."""
     sequences_max: int = Field(default=32, ge=1)
     """Most sequences computed in one step."""
+    step_tokens: int = Field(default=0, ge=0)
+    """Most tokens of prompts computed in one step; longer prompts are computed in chunks. 0: measured at start, the
+    smallest of 64, 128, 256 and 512 that is nearly as fast per token as the fastest."""
     threads: int = Field(default=0, ge=0)
     """CPU threads for tensor operations. 0: one per available core."""
     queue_requests_max: int = Field(default=512, ge=1)
@@ -83,6 +87,8 @@ class Device:
     cache: KvCache
     layout: Layout
     arenas: list[ArenaInfo]
+    step_tokens: int
+    """Most tokens of prompts in one step."""
 
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
@@ -163,3 +169,9 @@ class Device:
             for kind, arena in ((kind, self.cache.arenas.of(kind)) for kind in self.layout.kinds())
         ]
         _log.info("model.loaded", model=files.name, revision=files.revision[:12], layout=self.layout.description)
+        self.step_tokens = settings.step_tokens or self._measure()
+
+    def _measure(self) -> int:
+        saturation = measure(self.engine)
+        _log.info("step.measured", step_tokens=saturation.step_tokens, tokens_per_s=round(saturation.tokens_per_s, 1))
+        return saturation.step_tokens

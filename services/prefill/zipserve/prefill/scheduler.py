@@ -1,49 +1,71 @@
-"""Which prompts are computed together, and in which slabs. Pure: no clock, no device, no I/O."""
+"""Which tokens of which prompts are computed next, and in which slabs. Pure: no clock, no device, no I/O."""
 
-from collections import deque
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from zipserve.common.errors import InvalidRequestError, OverloadedError
+from zipserve.common.chunking import rank, share
+from zipserve.common.errors import DeadlineError, InvalidRequestError, OverloadedError
 from zipserve.common.kv.allocator import SlabAllocator
 from zipserve.common.kv.pools import SlabPools, Slabs
+from zipserve.prefill.throughput import Throughput
 
 T = TypeVar("T")
 
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """A prompt that waits or is being computed."""
+    """A prompt that waits or is being computed, chunk after chunk."""
 
     tokens: int
     deadline_s: float
     """Time on the caller's clock after which nobody wants the result."""
     payload: T
-
-
-@dataclass
-class Planned(Generic[T]):
-    """A job with the slabs that it will fill. The slot is freed after the computation, the slabs with their lease."""
-
-    job: Job[T]
-    slabs: Slabs
-    slot: int
-    generations: list[int]
+    priority: int = 0
+    """Higher goes first; first come, first served within."""
+    number: int = field(default=-1, init=False)
+    """Of its arrival."""
+    computed: int = field(default=0, init=False)
+    """Tokens that are done."""
+    slot: int = field(default=-1, init=False)
+    """-1 while it waits."""
+    slabs: Slabs = field(default_factory=Slabs, init=False)
+    """All that it will fill, from its first step on; they outlive the computation, with their lease."""
+    generations: list[int] = field(default_factory=list, init=False)
     """Of the slabs, in their order."""
 
+    @property
+    def left(self) -> int:
+        """Tokens that are still to be computed."""
+        return self.tokens - self.computed
+
+
+@dataclass(frozen=True)
+class Chunk(Generic[T]):
+    """The next `tokens` tokens of a job."""
+
+    job: Job[T]
+    tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the prompt is complete with it."""
+        return self.tokens == self.job.left
+
 
 @dataclass
-class Batch(Generic[T]):
-    """What to compute next, and the jobs that were given up because their deadline has passed."""
+class Step(Generic[T]):
+    """What to compute next, and the jobs that were given up because they would come too late."""
 
-    planned: list[Planned[T]] = field(default_factory=list)
-    expired: list[Job[T]] = field(default_factory=list)
+    chunks: list[Chunk[T]] = field(default_factory=list)
+    late: list[Job[T]] = field(default_factory=list)
+    """Those that had been started still hold their slabs, which are to be freed."""
 
 
 class PrefillScheduler(Generic[T]):
-    """First come, first served. Prompts are batched up to the token limit; one that is longer is computed alone.
+    """Shares every step out among the prompts (`zipserve.common.chunking`), by priority, then by arrival.
 
-    The head of the queue is never overtaken: when its slabs are not free, everyone waits for the leases to end.
+    A prompt takes its slot and all its slabs at its first step. When those of the first in line are not free, nobody
+    else starts either, until leases end.
     """
 
     def __init__(
@@ -51,29 +73,38 @@ class PrefillScheduler(Generic[T]):
         pools: SlabPools,
         *,
         slots: int,
-        batch_tokens_max: int,
+        step_tokens: int,
         queue_requests_max: int,
         queue_tokens_max: int,
     ) -> None:
         self.pools = pools
-        self._slots = SlabAllocator(slots, "slots")
-        self._batch_tokens_max = batch_tokens_max
+        self.slots = SlabAllocator(slots, "slots")
+        self._step_tokens = step_tokens
         self._queue_requests_max = queue_requests_max
         self._queue_tokens_max = queue_tokens_max
-        self._queue: deque[Job[T]] = deque()
+        self._waiting: list[Job[T]] = []
+        self._started: list[Job[T]] = []
+        self._throughput = Throughput(step_tokens)
+        self._arrivals = 0
         self.queued_tokens = 0
         """Tokens of all waiting jobs."""
 
     @property
     def queued_requests(self) -> int:
         """Waiting jobs."""
-        return len(self._queue)
+        return len(self._waiting)
 
-    def submit(self, job: Job[T]) -> None:
-        """Appends a job to the queue.
+    @property
+    def running_requests(self) -> int:
+        """Jobs that have been started."""
+        return len(self._started)
+
+    def submit(self, job: Job[T], now_s: float) -> None:
+        """Takes a job into the queue.
 
         Raises:
             InvalidRequestError: it could never be computed here.
+            DeadlineError: it would certainly come too late.
             OverloadedError: the queue is full.
         """
         needed, there_are = self.pools.sealed_blocks(job.tokens), self.pools.blocks.count
@@ -82,56 +113,82 @@ class PrefillScheduler(Generic[T]):
                 f"a prompt of {job.tokens} tokens needs {needed} KV blocks, this worker has {there_are}",
                 field="token_ids",
             )
-        if len(self._queue) >= self._queue_requests_max:
-            raise OverloadedError(f"{len(self._queue)} requests wait, the limit is {self._queue_requests_max}")
-        if self._queue and self.queued_tokens + job.tokens > self._queue_tokens_max:
+        if self._is_late(job, now_s):
+            takes_s = self._throughput.seconds_at_least(job.tokens, now_s)
+            raise DeadlineError(
+                f"a prompt of {job.tokens} tokens takes {takes_s:.2f} s at least, "
+                f"its deadline is in {max(0.0, job.deadline_s - now_s):.2f} s"
+            )
+        if len(self._waiting) >= self._queue_requests_max:
+            raise OverloadedError(f"{len(self._waiting)} requests wait, the limit is {self._queue_requests_max}")
+        if self._waiting and self.queued_tokens + job.tokens > self._queue_tokens_max:
             raise OverloadedError(
                 f"{self.queued_tokens} tokens wait and {job.tokens} came, the limit is {self._queue_tokens_max}"
             )
-        self._queue.append(job)
+        self._arrivals += 1
+        job.number = self._arrivals
+        self._waiting.append(job)
         self.queued_tokens += job.tokens
 
-    def cancel(self, job: Job[T]) -> bool:
-        """Takes a job out of the queue; False when it is not waiting there (any more)."""
-        if job not in self._queue:
+    def remove(self, job: Job[T]) -> bool:
+        """Takes a job out that waits or is between two steps; False when it is not here (any more).
+
+        Its slot is free then, its slabs are to be freed by the caller.
+        """
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self.queued_tokens -= job.tokens
+        elif job in self._started:
+            self._stop(job)
+        else:
             return False
-        self._queue.remove(job)
-        self.queued_tokens -= job.tokens
         return True
 
-    def next_batch(self, now_s: float) -> Batch[T]:
-        """Takes the next jobs out of the queue; nothing is planned when the head's slabs are not free."""
-        batch: Batch[T] = Batch()
-        tokens = 0
-        while self._queue:
-            job = self._queue[0]
-            if now_s >= job.deadline_s:
-                batch.expired.append(job)
-            elif batch.planned and tokens + job.tokens > self._batch_tokens_max:
-                break
-            else:
-                planned = self._plan(job)
-                if planned is None:
-                    break
-                batch.planned.append(planned)
-                tokens += job.tokens
-            self._queue.popleft()
-            self.queued_tokens -= job.tokens
-        return batch
+    def next_step(self, now_s: float) -> Step[T]:
+        """Plans the next step; it has no chunks when there is nothing to compute, or no slabs to compute it in."""
+        jobs = sorted((*self._started, *self._waiting), key=rank)
+        late = [job for job in jobs if self._is_late(job, now_s)]
+        for job in late:
+            self.remove(job)
+        jobs = [job for job in jobs if job not in late]
+        may_start = not jobs or self._try_start(jobs[0])
+        shares = share(jobs, self._step_tokens, lambda job: job.slot >= 0 or (may_start and self._try_start(job)))
+        return Step([Chunk(job, tokens) for job, tokens in shares.items()], late)
 
-    def free_slot(self, slot: int) -> None:
-        """Frees the slot of a computed job."""
-        self._slots.give_back([slot])
+    def advance(self, chunks: list[Chunk[T]], seconds: float, now_s: float) -> None:
+        """Counts the chunks of a step that took so long; jobs that are complete leave, and keep their slabs only."""
+        self._throughput.note(sum(chunk.tokens for chunk in chunks), seconds, now_s)
+        for chunk in chunks:
+            chunk.job.computed += chunk.tokens
+            if not chunk.job.left:
+                self._stop(chunk.job)
 
-    def _plan(self, job: Job[T]) -> Planned[T] | None:
-        slabs = self.pools.try_take(job.tokens, tail_of=job.tokens) if self._slots.free else None
+    def _is_late(self, job: Job[T], now_s: float) -> bool:
+        return now_s + self._throughput.seconds_at_least(job.left, now_s) >= job.deadline_s
+
+    def _try_start(self, job: Job[T]) -> bool:
+        """Whether a job has, or now gets, its slot and slabs."""
+        if job.slot >= 0:
+            return True
+        slabs = self.pools.try_take(job.tokens, tail_of=job.tokens) if self.slots.free else None
         if slabs is None:
-            return None
-        return Planned(job, slabs, self._slots.take(1)[0], [self.pools.generation(*slab) for slab in slabs])
+            return False
+        self.remove(job)
+        job.slabs, job.slot = slabs, self.slots.take(1)[0]
+        job.generations = [self.pools.generation(*slab) for slab in slabs]
+        self._started.append(job)
+        return True
+
+    def _stop(self, job: Job[T]) -> None:
+        self._started.remove(job)
+        self.slots.give_back([job.slot])
+        job.slot = -1
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
         self.pools.check_integrity()
-        self._slots.check_integrity()
-        if self.queued_tokens != sum(job.tokens for job in self._queue):
+        self.slots.check_integrity()
+        if self.queued_tokens != sum(job.tokens for job in self._waiting):
             raise AssertionError("queued_tokens does not match the queue")
+        if self.slots.count - self.slots.free != len(self._started):
+            raise AssertionError(f"{len(self._started)} jobs have been started, {self.slots.free} slots are free")

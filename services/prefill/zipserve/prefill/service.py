@@ -37,7 +37,7 @@ class PrefillService:
         self.scheduler: PrefillScheduler[Prompt] = PrefillScheduler(
             SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks),
             slots=settings.sequences_max,
-            batch_tokens_max=settings.batch_tokens_max,
+            step_tokens=device.step_tokens,
             queue_requests_max=settings.queue_requests_max,
             queue_tokens_max=settings.queue_tokens_max,
         )
@@ -72,7 +72,7 @@ class PrefillService:
         return Load(
             queued_requests=self.scheduler.queued_requests,
             queued_tokens=self.scheduler.queued_tokens,
-            running_requests=self.worker.running_requests,
+            running_requests=self.scheduler.running_requests,
             leases=self.source.leases,
             draining=self.worker.draining,
             **self.scheduler.pools.levels(),

@@ -27,7 +27,9 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         deadline = Deadline.of(context, self._deadline_default_s)
         deadline.remaining_s()
         sampling = Sampling.from_proto(request.sampling)
-        done = await self._worker.prefill(request.request_id, list(request.token_ids), sampling, deadline.at_s)
+        done = await self._worker.prefill(
+            request.request_id, list(request.token_ids), sampling, deadline.at_s, request.priority
+        )
         return prefill_service_pb2.PrefillResponse(
             token_id=done.token_id,
             handle=done.handle,

@@ -1,4 +1,4 @@
-"""Computes batches of prompts on the device and hands their KV over under leases."""
+"""Computes prompts step by step on the device and hands their KV over under leases."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
 from zipserve.engine.sampling import sample
 from zipserve.engine.sequence import Segment, Sequence
-from zipserve.prefill.scheduler import Batch, Job, Planned, PrefillScheduler
+from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
 from zipserve.v1 import kv_pb2
 
 _log = log.get()
@@ -41,6 +41,10 @@ class Prompt:
     sampling: Sampling
     submitted_s: float
     result: "asyncio.Future[Prefilled]"
+    started_s: float = 0.0
+    """When its first step began."""
+    sequence: Sequence | None = None
+    """From then on."""
 
 
 @dataclass(frozen=True)
@@ -49,41 +53,44 @@ class _Computed:
     refs: list[kv_pb2.BlockRef]
 
 
-_Outcome = _Computed | ZipserveError
-"""Of one prompt of a batch."""
+_Outcome = _Computed | ZipserveError | None
+"""Of one chunk of a step; None: it went well, and was not the last of its prompt."""
 
 
 class PrefillWorker:
-    """The queue, the batches and the slabs of one prefill worker. Lives in the event loop; `_compute` does not."""
+    """The queue, the steps and the slabs of one prefill worker. Lives in the event loop; `_compute` does not."""
 
     def __init__(self, device: Device, scheduler: PrefillScheduler[Prompt], source: KvSource, metrics: Metrics) -> None:
         self._device = device
         self._scheduler = scheduler
         self._source = source
         self._metrics = metrics
+        self._stepping: list[Job[Prompt]] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self.running_requests = 0
         self.draining = False
 
-    async def prefill(self, request_id: str, token_ids: list[int], sampling: Sampling, deadline_s: float) -> Prefilled:
-        """Computes a prompt when its turn comes. Cancelling takes it out of the queue and frees its slabs.
+    async def prefill(
+        self, request_id: str, token_ids: list[int], sampling: Sampling, deadline_s: float, priority: int = 0
+    ) -> Prefilled:
+        """Computes a prompt when its turn comes. Cancelling frees all that it holds before the next step.
 
         Args:
             deadline_s: on time.monotonic()'s clock.
+            priority: higher goes first.
 
         Raises:
             DrainingError, OverloadedError, InvalidRequestError: it was not accepted.
-            DeadlineError: its turn did not come in time.
+            DeadlineError: it was not computed in time, or certainly would not be.
             UnavailableError: computing it failed.
         """
         if self.draining:
             raise DrainingError("this prefill worker is going away")
         result: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
-        prompt = Prompt(request_id, token_ids, sampling, time.monotonic(), result)
-        job = Job(len(token_ids), deadline_s, prompt)
-        self._scheduler.submit(job)
+        now_s = time.monotonic()
+        job = Job(len(token_ids), deadline_s, Prompt(request_id, token_ids, sampling, now_s, result), priority)
+        self._scheduler.submit(job, now_s)
         self._idle.clear()
         self._work.set()
         try:
@@ -101,9 +108,14 @@ class PrefillWorker:
         result = job.payload.result
         if result.done() and not result.cancelled() and result.exception() is None:
             self._source.release_handle(result.result().handle)  # it was computed, but nobody took it
-        elif self._scheduler.cancel(job):
-            self._work.set()  # the next one may fit where this one did not
-            self._note_idle()
+        elif job not in self._stepping:
+            self._drop(job)
+
+    def _drop(self, job: Job[Prompt]) -> None:
+        """Takes a job out that is not in a step, and frees what it holds."""
+        self._scheduler.remove(job)
+        self.free(job.slabs)
+        self._note_idle()
 
     def free(self, slabs: Slabs) -> None:
         """Takes slabs back; poisoned first, so that a late reader notices."""
@@ -119,81 +131,84 @@ class PrefillWorker:
         await self._source.no_leases()
 
     async def run(self) -> None:
-        """Computes batch after batch, for ever."""
+        """Computes step after step, for ever."""
         while True:
             await self._work.wait()
             self._work.clear()
-            batch = self._scheduler.next_batch(time.monotonic())
-            for job in batch.expired:
-                _fail(job.payload, DeadlineError("the deadline passed in the prefill queue"))
-            if batch.planned:
-                await self._run(batch)
+            step = self._scheduler.next_step(time.monotonic())
+            for job in step.late:
+                _fail(job.payload, DeadlineError("the deadline is too near for what is left of the prompt"))
+                self._drop(job)
+            if step.chunks:
+                await self._run(step.chunks)
                 self._work.set()
             self._note_idle()
 
-    async def _run(self, batch: Batch[Prompt]) -> None:
+    async def _run(self, chunks: list[Chunk[Prompt]]) -> None:
         started_s = time.monotonic()
-        self.running_requests = len(batch.planned)
-        self._metrics.running_requests.set(self.running_requests)
+        self._stepping = [chunk.job for chunk in chunks]
+        self._metrics.running_requests.set(self._scheduler.running_requests)
+        for job in self._stepping:
+            if job.payload.sequence is None:
+                job.payload.started_s = started_s
+                job.payload.sequence = Sequence(job.slabs.blocks, job.slot, sinks=next(iter(job.slabs.sinks), -1))
         try:
-            outcomes = await self._device.run(self._compute, batch.planned)
+            outcomes = await self._device.run(self._compute, chunks)
         except Exception:  # noqa: BLE001  # one bad step must not end the worker
-            _log.exception("batch.failed", requests=[p.job.payload.request_id for p in batch.planned])
+            _log.exception("step.failed", requests=[job.payload.request_id for job in self._stepping])
             error = UnavailableError("computing the prompt failed; the worker's log has the details")
-            outcomes = [error for _ in batch.planned]
-        compute_s = time.monotonic() - started_s
-        self._metrics.step_seconds.observe(compute_s)
-        self.running_requests = 0
-        self._metrics.running_requests.set(0)
-        for planned, outcome in zip(batch.planned, outcomes, strict=True):
-            self._scheduler.free_slot(planned.slot)
-            self._finish(planned, outcome, started_s, compute_s)
+            outcomes = [error for _ in chunks]
+        self._stepping = []
+        ended_s = time.monotonic()
+        self._metrics.step_seconds.observe(ended_s - started_s)
+        self._scheduler.advance(chunks, ended_s - started_s, ended_s)
+        self._metrics.running_requests.set(self._scheduler.running_requests)
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
+            self._finish(chunk.job, outcome, ended_s)
 
-    def _finish(self, planned: Planned[Prompt], outcome: _Outcome, started_s: float, compute_s: float) -> None:
-        prompt = planned.job.payload
+    def _finish(self, job: Job[Prompt], outcome: _Outcome, ended_s: float) -> None:
+        prompt = job.payload
         if isinstance(outcome, ZipserveError):
-            self.free(planned.slabs)
             _fail(prompt, outcome)
-        elif prompt.result.done():
-            self.free(planned.slabs)
-        else:
-            handle = self._source.issue(outcome.refs, len(prompt.token_ids), planned.slabs)
+        if prompt.result.done():  # it has failed, or nobody waits any more
+            self._drop(job)
+        elif isinstance(outcome, _Computed):
+            handle = self._source.issue(outcome.refs, len(prompt.token_ids), job.slabs)
             self._metrics.prompt_tokens.inc(len(prompt.token_ids))
-            prompt.result.set_result(Prefilled(outcome.token_id, handle, started_s - prompt.submitted_s, compute_s))
+            queue_s, compute_s = prompt.started_s - prompt.submitted_s, ended_s - prompt.started_s
+            prompt.result.set_result(Prefilled(outcome.token_id, handle, queue_s, compute_s))
 
     def _note_idle(self) -> None:
         self._metrics.queued_requests.set(self._scheduler.queued_requests)
-        if not self._scheduler.queued_requests and not self.running_requests:
+        if not self._scheduler.queued_requests and not self._scheduler.running_requests:
             self._idle.set()
 
     # In the device's thread.
 
-    def _compute(self, batch: list[Planned[Prompt]]) -> list[_Outcome]:
-        sequences = [Sequence(p.slabs.blocks, p.slot, sinks=next(iter(p.slabs.sinks), -1)) for p in batch]
-        prompts = [p.job.payload for p in batch]
-        step = self._device.engine.forward(
-            [Segment(sequence, prompt.token_ids) for sequence, prompt in zip(sequences, prompts, strict=True)]
+    def _compute(self, chunks: list[Chunk[Prompt]]) -> list[_Outcome]:
+        prompts = [chunk.job.payload for chunk in chunks]
+        step = self._device.engine.forward([_segment(chunk) for chunk in chunks])
+        last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
+        tokens = sample(
+            step.logits[last], [prompts[i].sampling for i in last], [len(prompts[i].token_ids) for i in last]
         )
-        tokens = sample(step.logits, [p.sampling for p in prompts], [len(p.token_ids) for p in prompts])
-        outcomes: list[_Outcome] = []
-        for i, planned in enumerate(batch):
+        outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(chunks))]
+        for i, token_id in zip(last, tokens, strict=True):
             try:
-                outcomes.append(step.failed.get(i) or _Computed(tokens[i], self._seal(planned)))
+                outcomes[i] = outcomes[i] or _Computed(token_id, self._seal(chunks[i].job))
             except KvValueError as error:
-                outcomes.append(error)
+                outcomes[i] = error
         return outcomes
 
-    def _seal(self, planned: Planned[Prompt]) -> list[kv_pb2.BlockRef]:
-        layout, token_ids = self._device.layout, planned.job.payload.token_ids
+    def _seal(self, job: Job[Prompt]) -> list[kv_pb2.BlockRef]:
+        layout, token_ids = self._device.layout, job.payload.token_ids
         hashes = prefix.prefix_hashes(token_ids, layout.block_tokens, layout.fingerprint)
         rest = len(token_ids) % layout.block_tokens
         if rest:
-            self._device.cache.pack_tail(planned.slot, rest, planned.slabs.tails[0])
+            self._device.cache.pack_tail(job.slot, rest, job.slabs.tails[0])
         refs = []
         parts = layout.slabs_of(len(token_ids))
-        for (kind, slab), generation, (_, position, tokens) in zip(
-            planned.slabs, planned.generations, parts, strict=True
-        ):
+        for (kind, slab), generation, (_, position, tokens) in zip(job.slabs, job.generations, parts, strict=True):
             identity = SlabIdentity(
                 kind=kind,
                 fingerprint=layout.fingerprint,
@@ -207,6 +222,12 @@ class PrefillWorker:
             checksum = header.seal(self._device.slab_view(kind, slab), identity)
             refs.append(_ref(identity, slab, checksum))
         return refs
+
+
+def _segment(chunk: Chunk[Prompt]) -> Segment:
+    job, sequence = chunk.job, chunk.job.payload.sequence
+    assert sequence is not None
+    return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens])
 
 
 def _ref(identity: SlabIdentity, slab: int, checksum: int) -> kv_pb2.BlockRef:

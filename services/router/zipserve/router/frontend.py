@@ -174,6 +174,7 @@ class Frontend:
             max_tokens=max_tokens,
             stop=tuple(request.stop.stop),
             stop_token_ids=eos.union(request.stop.stop_token_ids),
+            priority=request.priority,
         )
         self._admission.reserve(ticket, job.tokens_max, self._now())
         return job

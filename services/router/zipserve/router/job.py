@@ -25,6 +25,8 @@ class Job:
     """Strings that end the generation."""
     stop_token_ids: frozenset[int]
     """Ids that end the generation, the model's own included unless they are to be ignored."""
+    priority: int = 0
+    """Higher goes first on every worker."""
 
     @property
     def tokens_max(self) -> int:

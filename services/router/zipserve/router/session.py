@@ -214,6 +214,7 @@ class Session:
             token_ids=token_ids,
             sampling=self._job.sampling.to_proto(),
             layout_fingerprint=worker.writable_layout,
+            priority=self._job.priority,
         )
         answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
         self.report.count_prefill(answer)
@@ -230,6 +231,7 @@ class Session:
             sampling=self._job.sampling.to_proto(),
             max_new_tokens=self._transcript.remaining,
             stop_token_ids=sorted(self._job.stop_token_ids),
+            priority=self._job.priority,
         )
         pulled = False
         try:
