@@ -30,6 +30,7 @@ from zipserve.common.transfer.source import KvSource
 from zipserve.common.transport import TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
 from zipserve.decode.worker import Continuation
+from zipserve.engine.sampling import Sampler
 from zipserve.v1.decode_service_pb2 import DecodeResponse
 from zipserve.v1.kv_pb2 import KvClaims
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
@@ -491,7 +492,7 @@ async def test_an_impatient_caller_does_not_stop_the_release(
     prefilled = await pair.prefill.compute(40)
 
     async def stream() -> None:
-        continuation = Continuation("r", prefilled.token_id, Sampling(), 8, frozenset())
+        continuation = Continuation("r", prefilled.token_id, Sampler(Sampling()), 8, frozenset())
         async with pair.decode.service.worker.stream(prefilled.handle, continuation, Deadline(20.0)):
             pytest.fail("the read has not ended")
 

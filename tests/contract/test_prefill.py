@@ -22,6 +22,7 @@ from zipserve.common.kv.prefix import prefix_hashes
 from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.rpc.status import client_errors, from_rpc_error
 from zipserve.common.sampling import Sampling
+from zipserve.engine.sampling import Sampler
 from zipserve.v1.kv_pb2 import SLAB_KIND_BLOCK, SLAB_KIND_TAIL, KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillResponse, ReleaseHandleRequest
 from zipserve.v1.sampling_pb2 import SamplingParams
@@ -340,7 +341,7 @@ async def test_goes_away_between_the_result_and_its_answer(prefill: Prefill, mon
     """As close as it gets: the result is there, its caller has not seen it yet."""
     source, issue = prefill.service.source, prefill.service.source.issue
     task = asyncio.create_task(
-        prefill.service.worker.prefill("r", prompt(40), Sampling(temperature=0), time.monotonic() + 20)
+        prefill.service.worker.prefill("r", prompt(40), Sampler(Sampling(temperature=0)), time.monotonic() + 20)
     )
 
     def issue_and_cancel(*args: Any) -> KvHandle:

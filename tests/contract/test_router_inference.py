@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from polling import until
 from router_cluster import PROMPT, Cluster, answer, build, refusal
 from router_peers import text_at, token_at
+from zipserve.common.errors import WorkerLostError
 from zipserve.common.models import ModelFiles
 from zipserve.v1.inference_service_pb2 import (
     ChatMessage,
@@ -75,9 +76,56 @@ async def test_what_the_workers_are_asked(alone: Cluster) -> None:
     assert (asked.sampling.top_k, asked.sampling.temperature) == (3, 1.0)
     assert continued.handle.mac == b"signed"  # type: ignore[union-attr]
     assert (continued.token_id, continued.max_new_tokens) == (token_at(10), 6)  # type: ignore[union-attr]
-    assert list(continued.stop_token_ids) == [2, 9]  # type: ignore[union-attr]
+    assert list(continued.stop_token_ids) == [2, 9]
     # gRPC rounds deadlines up on the wire
     assert all(0 < timeout_s < 21 for timeout_s in prefill.timeouts_s + decode.timeouts_s)
+
+
+async def test_every_parameter_reaches_the_workers(alone: Cluster) -> None:
+    prefill, decode = await alone.add("p0"), await alone.add("d0")
+    sampling = SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.5, seed=11, min_p=0.25, repetition_penalty=1.5, presence_penalty=-1,
+        frequency_penalty=0.5, logit_bias={7: -1.5, 3: 100},
+    )  # fmt: skip
+    stop = StopConditions(max_tokens=7, min_tokens=4, stop_token_ids=[9])
+    await answer(alone.generate(stop=stop, sampling=sampling))
+    asked, continued = prefill.requests[0], decode.requests[0]
+    for request in (asked, continued):
+        assert request.sampling == sampling
+        assert (request.prompt_tokens, request.min_tokens) == (10, 4)
+        assert list(request.stop_token_ids) == [2, 9]
+    assert list(continued.past_token_ids) == list(PROMPT.ids)  # type: ignore[union-attr]
+
+
+async def test_a_replay_says_where_the_prompt_ends(alone: Cluster) -> None:
+    prefill, failed = await alone.add("p0"), False
+
+    async def fail_once(position: object) -> None:
+        nonlocal failed
+        if position == 14 and not failed:
+            failed = True
+            raise WorkerLostError("a fault of a test")
+
+    decode = await alone.add("d0", at_token=fail_once)
+    result = await answer(
+        alone.generate(stop=StopConditions(max_tokens=9), sampling=SamplingParams(frequency_penalty=1))
+    )
+    assert result.token_ids == [token_at(10 + i) for i in range(9)]
+    assert result.finished.usage.replays == 1
+    again, continued = prefill.requests[1], decode.requests[1]
+    assert list(again.token_ids) == [*PROMPT.ids, *result.token_ids[:4]]  # type: ignore[union-attr]
+    assert (again.prompt_tokens, continued.prompt_tokens) == (10, 10)
+    assert list(continued.past_token_ids) == list(again.token_ids)  # type: ignore[union-attr]
+
+
+async def test_min_tokens_raise_the_default_of_max_tokens(
+    stack: AsyncExitStack, model: ModelFiles, redis_url: str
+) -> None:
+    cluster = await build(stack, model, redis_url, completion_tokens_default=5)
+    await cluster.add("p0")
+    await cluster.add("d0")
+    assert len((await answer(cluster.generate())).token_ids) == 5
+    assert len((await answer(cluster.generate(stop=StopConditions(min_tokens=8)))).token_ids) == 8
 
 
 async def test_text_and_chat(cluster: Cluster) -> None:
@@ -167,6 +215,19 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
     ({"sampling": SamplingParams(temperature=math.inf)}, "sampling.temperature", "inf"),
     ({"sampling": SamplingParams(top_p=NAN)}, "sampling.top_p", "nan"),
     ({"sampling": SamplingParams(top_p=0)}, "sampling.top_p", "0"),
+    ({"sampling": SamplingParams(min_p=1.5)}, "sampling.min_p", "1.5, must be between 0 and 1"),
+    ({"sampling": SamplingParams(repetition_penalty=0)}, "sampling.repetition_penalty", "0.0, .* 0.0625 and 16"),
+    ({"sampling": SamplingParams(presence_penalty=2.5)}, "sampling.presence_penalty", "2.5, .* -2 and 2"),
+    ({"sampling": SamplingParams(frequency_penalty=NAN)}, "sampling.frequency_penalty", "nan, .* -2 and 2"),
+    ({"sampling": SamplingParams(logit_bias={7: -101})}, "sampling.logit_bias[7]", "-101.0, .* -100 and 100"),
+    (
+        {"sampling": SamplingParams(logit_bias={259: 1})},
+        "sampling.logit_bias[259]",
+        "below the vocabulary's size of 259",
+    ),
+    ({"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1))}, "sampling.logit_bias", "1025 entries"),
+    ({"stop": StopConditions(max_tokens=7, min_tokens=8)}, "stop.min_tokens", "8, must be at most the 7 tokens"),
+    ({"stop": StopConditions(min_tokens=503)}, "stop.min_tokens", "503, must be at most the 502 tokens"),
 ]
 
 

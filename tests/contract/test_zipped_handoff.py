@@ -18,7 +18,7 @@ from zipserve.engine.cache import KvCache
 from zipserve.engine.codec import Arenas, codec_for
 from zipserve.engine.device import WorkerSettings
 from zipserve.engine.engine import Engine
-from zipserve.engine.sampling import sample
+from zipserve.engine.sampling import Sampler, sample
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.v1.decode_service_pb2 import DecodeResponse
 from zipserve.v1.kv_pb2 import BlockRef, KvClaims
@@ -82,7 +82,7 @@ async def test_tokens_are_those_of_one_engine(cluster_workers: Workers, tokens: 
         if position == tokens and tokens % BLOCK:
             engine.cache.pack_tail(0, tokens % BLOCK, 0)
             engine.cache.unpack_tail(0, tokens % BLOCK, 0)
-        inputs = sample(logits, [Sampling(temperature=0)], [position])
+        inputs = sample(logits, [Sampler(Sampling(temperature=0))], [position])
         found += inputs
     assert [first.token_id, *rest] == found
 

@@ -32,13 +32,19 @@ class Oracle:
         return result
 
     @torch.inference_mode()
+    def logits(self, token_ids: list[int]) -> torch.Tensor:
+        """After each of the tokens: float32 [tokens, vocab]."""
+        logits: torch.Tensor = self.model(torch.tensor([token_ids])).logits[0].float()
+        return logits
+
+    @torch.inference_mode()
     def first_wrong(self, prompt: list[int], tokens: list[int]) -> int | None:
         """Index of the first token that is not the greedy one after all before it, or None.
 
         By induction this is what `generate` would show, for the price of one forward pass. A token whose logit is
         within NEAR_TIE_LOGIT of the highest one counts as right.
         """
-        logits = self.model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :].float()
+        logits = self.logits(prompt + tokens[:-1])[len(prompt) - 1 :]
         chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
         wrong = (logits.amax(1) - chosen > NEAR_TIE_LOGIT).nonzero()
         return int(wrong[0, 0]) if len(wrong) else None

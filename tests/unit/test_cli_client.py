@@ -32,7 +32,7 @@ from zipserve.v1.inference_service_pb2 import (
     Usage,
 )
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
-from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopConditions
 
 STARTED = GenerateResponse(started=Started(request_id="r-1", model="m", prompt_tokens=5, seed=7))
 FINISHED = GenerateResponse(
@@ -242,6 +242,22 @@ def test_generate_as_json(fake: FakeInference, address: str, capsys: pytest.Capt
     assert answer["kv_transfer"] == {"bytes": 3 << 20, "blocks": 2, "tokens": 300}
     assert answer["server"]["prefill_s"] == pytest.approx(0.02)
     assert [message.role for message in fake.requests[0].chat.messages] == ["system", "user"]
+
+
+def test_every_flag_of_sampling_reaches_the_server(fake: FakeInference, address: str) -> None:
+    flags = (
+        "--temperature 0.5 --top-k 3 --top-p 0.25 --min-p 0.125 --repetition-penalty 1.5 --presence-penalty -1 "
+        "--frequency-penalty 0.5 --logit-bias 7=-1.5 --logit-bias 3=4 --seed 5 --max-tokens 9 --min-tokens 2 "
+        "--stop-token-id 11 --ignore-eos --stop END"
+    )
+    assert main(["generate", "x", "--address", address, *flags.split()]) == 0
+    assert fake.requests[0].sampling == SamplingParams(
+        temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-1,
+        frequency_penalty=0.5, logit_bias={7: -1.5, 3: 4}, seed=5,
+    )  # fmt: skip
+    assert fake.requests[0].stop == StopConditions(
+        max_tokens=9, min_tokens=2, stop_token_ids=[11], ignore_eos=True, stop=["END"]
+    )
 
 
 def test_generate_reads_stdin(fake: FakeInference, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

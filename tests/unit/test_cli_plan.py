@@ -111,6 +111,7 @@ def test_bad_overrides_are_refused(text: str) -> None:
         ["up", "--drain", "nan"],
         ["generate"],
         ["generate", "x", "--timeout", "-1"],
+        ["generate", "x", "--logit-bias", "7"],
         [],
     ],
 )

@@ -1,6 +1,7 @@
 """Sampling: keyed by position, independent of the batch, and of the right distribution."""
 
 import math
+from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from zipserve.common.sampling import Sampling
 from zipserve.engine import sampling
-from zipserve.engine.sampling import sample, uniform
+from zipserve.engine.sampling import Sampler, uniform
 
 # Few distinct values: ties are what goes wrong.
 logit_rows = st.lists(st.sampled_from([-math.inf, -2.0, -1.0, 0.0, 0.5, 3.0]), min_size=1, max_size=12).filter(
@@ -22,8 +23,13 @@ all_params = st.builds(
     top_k=st.integers(0, 13),
     top_p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 1.0]),
     seed=st.integers(0, (1 << 64) - 1),
+    min_p=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
 )
 positions = st.integers(0, 1 << 20)
+
+
+def sample(logits: torch.Tensor, params: SequenceOf[Sampling], positions: SequenceOf[int]) -> list[int]:
+    return sampling.sample(logits, [Sampler(of_row) for of_row in params], positions)
 
 
 def one(logits: list[float], params: Sampling, position: int) -> int:
@@ -42,7 +48,8 @@ def kept(logits: list[float], params: Sampling) -> dict[int, float]:
         reached += weight
         if reached >= params.top_p * total:
             break
-    return {token: weight / reached for token, weight in nucleus.items()}
+    likely = {token: weight for token, weight in nucleus.items() if weight >= params.min_p}  # the highest weight is 1
+    return {token: weight / sum(likely.values()) for token, weight in likely.items()}
 
 
 @given(logit_rows, all_params, positions)

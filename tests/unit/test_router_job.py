@@ -97,8 +97,10 @@ def test_facts_come_from_the_configuration(tmp_path: Path) -> None:
         ModelFacts.read(folder)
 
 
-def job(*, max_tokens: int = 10, stop: tuple[str, ...] = (), ids: frozenset[int] = frozenset({0})) -> Job:
-    return Job("r", (1, 1, 1), Sampling(), max_tokens, stop, ids)
+def job(
+    *, max_tokens: int = 10, stop: tuple[str, ...] = (), ids: frozenset[int] = frozenset({0}), min_tokens: int = 0
+) -> Job:
+    return Job("r", (1, 1, 1), Sampling(), max_tokens, stop, ids, min_tokens=min_tokens)
 
 
 def transcript(of: Job) -> Transcript:
@@ -134,6 +136,13 @@ def test_a_stop_string_over_several_chunks() -> None:
     chunk = output.append(6, codes("Dz"))
     assert (chunk.index, chunk.token_ids, chunk.text) == (3, (68,), "")
     assert (output.finish, output.stop_string) == (STOP, "END")
+
+
+def test_a_stop_string_is_not_searched_in_the_first_min_tokens() -> None:
+    output = transcript(job(stop=("END",), min_tokens=4, max_tokens=20))
+    assert output.append(3, codes("ENDEND")).text == "ENDEND"
+    chunk = output.append(9, codes("xENDy"))
+    assert (chunk.text, output.finish, output.stop_string) == ("x", STOP, "END")
 
 
 def test_half_a_character_comes_out_at_the_end() -> None:

@@ -1,6 +1,6 @@
 """A client of zipserve's gRPC interface. Needs grpcio and protobuf only."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, cast
@@ -65,7 +65,15 @@ class Client:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: Mapping[int, float] | None = None,
         stop: Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
+        ignore_eos: bool = False,
         timeout_s: float | None = None,
     ) -> "Stream":
         """Starts an answer. Parameters that are None are left to the server.
@@ -73,12 +81,29 @@ class Client:
         Args:
             prompt: plain text, sent as it is; or a conversation, rendered with the model's chat template.
             model: id; empty for the only one served.
+            logit_bias: added to the logits of these tokens.
             timeout_s: longest time for the whole answer. None: no limit.
         """
         request = GenerateRequest(
             model=model,
-            sampling=SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed),
-            stop=StopConditions(max_tokens=max_tokens, stop=stop),
+            sampling=SamplingParams(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                presence_penalty=presence_penalty,
+                frequency_penalty=frequency_penalty,
+                logit_bias=logit_bias,
+            ),
+            stop=StopConditions(
+                max_tokens=max_tokens,
+                stop=stop,
+                stop_token_ids=stop_token_ids,
+                ignore_eos=ignore_eos,
+                min_tokens=min_tokens,
+            ),
         )
         if isinstance(prompt, str):
             request.text = prompt

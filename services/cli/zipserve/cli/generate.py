@@ -52,7 +52,15 @@ def ask(client: Client, prompt: str | Sequence[Message], options: argparse.Names
         top_k=options.top_k,
         top_p=options.top_p,
         seed=options.seed,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+        logit_bias=dict(options.logit_bias),
         stop=options.stop,
+        stop_token_ids=options.stop_token_ids,
+        min_tokens=options.min_tokens,
+        ignore_eos=options.ignore_eos,
         timeout_s=options.timeout,
     )
 

@@ -67,8 +67,22 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: 1)")
     parser.add_argument("--top-k", type=int, metavar="K", help="keep the K most likely tokens (default: all)")
     parser.add_argument("--top-p", type=float, metavar="P", help="keep the smallest set that reaches P (default: all)")
+    parser.add_argument("--min-p", type=float, metavar="P", help="keep tokens P times as likely as the likeliest one")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R", help="on tokens seen so far (default: 1)")
+    parser.add_argument("--presence-penalty", type=float, metavar="P", help="on generated tokens (default: 0)")
+    parser.add_argument("--frequency-penalty", type=float, metavar="F", help="for each time generated (default: 0)")
+    parser.add_argument(
+        "--logit-bias", type=_bias, action="append", default=[], metavar="ID=B",
+        help="added to a token's logit; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, help="the same seed draws the same answer (default: drawn)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the answer; may be repeated")
+    parser.add_argument(
+        "--stop-token-id", type=int, action="append", default=[], dest="stop_token_ids", metavar="ID",
+        help="ends the answer; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--min-tokens", type=_count, default=0, metavar="N", help="tokens before which nothing ends it")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on at the model's end of sequence")
     parser.add_argument("--timeout", type=_seconds, metavar="S", help="longest time for an answer (default: no limit)")
     parser.add_argument("--stats", action="store_true", help="print measurements to stderr")
 
@@ -77,6 +91,14 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
     return int(text)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token_id, _, bias = text.partition("=")
+    try:
+        return int(token_id), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS") from None
 
 
 def _seconds(text: str) -> float:

@@ -1,36 +1,114 @@
-"""Draws tokens. The token at a position depends on its logits, its sampling parameters and (seed, position) only.
+"""Draws tokens. The token at a position depends on its logits, its sequence's tokens and parameters, and (seed,
+position) only.
 
 So a request gives the same tokens whatever runs beside it, and goes on with the same tokens when another worker takes
-it over.
+it over. What is asked for is applied in this order:
+
+1. the repetition penalty, then the frequency and presence penalties (zipserve.engine.penalties);
+2. logit_bias is added, and -inf to the ids that end the sequence while it has fewer than min_tokens generated tokens;
+3. the logits are divided by the temperature; 0 takes the highest one and ends here;
+4. top_k keeps the k most likely tokens;
+5. top_p keeps, of these, the smallest set of most likely ones whose share of their probability reaches it;
+6. min_p keeps, of these, the ones that are at least min_p times as likely as the most likely one;
+7. a token is drawn by the probabilities of those kept.
+
+Equally likely tokens are ordered by their ids.
 """
 
 import hashlib
 import struct
+from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from zipserve.common.errors import InvalidRequestError
 from zipserve.common.sampling import Sampling
+from zipserve.engine.penalties import TokenCounts
 
 _CANDIDATES = (256, 4096)
 """How many tokens are sorted at first: nearly always enough, where sorting a whole vocabulary takes milliseconds."""
 
 _Floats = npt.NDArray[np.float32]
+_Doubles = npt.NDArray[np.float64]
 _Tokens = npt.NDArray[np.int64]
 
 
-def sample(logits: torch.Tensor, params: SequenceOf[Sampling], positions: SequenceOf[int]) -> list[int]:
+class Sampler:
+    """Draws the tokens of one sequence."""
+
+    def __init__(
+        self,
+        params: Sampling,
+        past: SequenceOf[int] = (),
+        *,
+        prompt_tokens: int = 0,
+        min_tokens: int = 0,
+        stop_token_ids: Iterable[int] = (),
+    ) -> None:
+        """
+        Args:
+            past: ids of the sequence so far; only looked at if `params` has a penalty.
+            prompt_tokens: how many of the sequence's tokens are the client's prompt; what follows was generated.
+            min_tokens: none of `stop_token_ids` is among so many first generated tokens.
+
+        Raises:
+            InvalidRequestError: there is a penalty or min_tokens, and prompt_tokens cannot be right.
+        """
+        if (params.penalizes and not 1 <= prompt_tokens <= len(past)) or (min_tokens and not prompt_tokens):
+            raise InvalidRequestError(
+                f"prompt_tokens is {prompt_tokens} of {len(past)} tokens, which penalties and min_tokens count from",
+                field="prompt_tokens",
+            )
+        self.params = params
+        self._counts = TokenCounts(past[:prompt_tokens], past[prompt_tokens:]) if params.penalizes else None
+        self._free_from = prompt_tokens + min_tokens
+        self._stop_ids = np.array(sorted(stop_token_ids) if min_tokens else [], np.int64)
+        self._bias_ids = np.array([token_id for token_id, _ in params.logit_bias], np.int64)
+        self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
+
+    def append(self, token_id: int) -> None:
+        """Takes note of a generated token: the next one is drawn after it."""
+        if self._counts is not None:
+            self._counts.add(token_id)
+
+    def draw(self, logits: _Floats, position: int) -> int:
+        """The token at a position, from float32 logits [vocab] without NaN, which are not changed."""
+        logits = self._adjusted(logits, position)
+        highest = int(logits.argmax())  # the first one, if several are highest
+        if self.params.temperature == 0.0 or self.params.top_k == 1:
+            return highest
+        return _draw(logits, float(logits[highest]), self.params, uniform(self.params.seed, position))
+
+    def _adjusted(self, logits: _Floats, position: int) -> _Floats:
+        """Steps 1 and 2."""
+        stops = self._stop_ids if position < self._free_from else self._stop_ids[:0]
+        if self._counts is None and not len(self._bias_ids) and not len(stops):
+            return logits
+        logits = logits.copy()
+        stops = stops[stops < len(logits)]
+        if self._counts is not None:
+            self._counts.penalize(logits, self.params)
+        logits[self._bias_ids] += self._bias
+        held = logits[stops]
+        logits[stops] = -np.inf
+        if logits.max() == -np.inf:
+            logits[stops] = held  # there is nothing else to draw
+        return logits
+
+
+def sample(logits: torch.Tensor, samplers: SequenceOf[Sampler], positions: SequenceOf[int]) -> list[int]:
     """Draws one token per row.
 
     Args:
         logits: [n, vocab], no NaN.
-        params: of each row.
+        samplers: of each row's sequence.
         positions: of each row: where in its sequence the new token will stand.
     """
     rows = logits.float().cpu().numpy()
-    return [_draw(row, of_row, position) for row, of_row, position in zip(rows, params, positions, strict=True)]
+    return [sampler.draw(row, position) for row, sampler, position in zip(rows, samplers, positions, strict=True)]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -39,56 +117,78 @@ def uniform(seed: int, position: int) -> float:
     return float((int.from_bytes(digest, "little") >> 11) * 2.0**-53)
 
 
-def _draw(logits: _Floats, params: Sampling, position: int) -> int:
-    if params.temperature == 0.0 or params.top_k == 1:
-        return int(logits.argmax())  # the first one, if several are highest
-    with np.errstate(over="ignore", under="ignore"):  # of a tiny temperature: the others become -inf, then 0
-        # In float64: at a tiny temperature the scaled differences do not fit into float32.
-        scaled = (logits.astype(np.float64) - float(logits.max())) / params.temperature
-        weights = np.exp(scaled)
-    share = uniform(params.seed, position)
+def _draw(logits: _Floats, top: float, params: Sampling, share: float) -> int:
+    total = None if params.top_k else _total(logits, top, params.temperature)
     for count in _CANDIDATES:
         if params.top_k < count < logits.size:
-            token = _inverse_cdf(logits, weights, params, share, count)
+            token = _inverse_cdf(logits, top, total, params, share, count)
             if token is not None:
                 return token
-    token = _inverse_cdf(logits, weights, params, share, logits.size)
+    token = _inverse_cdf(logits, top, total, params, share, logits.size)
     assert token is not None, "the whole vocabulary decides"
     return token
 
 
+def _weights(logits: _Floats, top: float, temperature: float) -> _Doubles:
+    """Probabilities, but for a factor: the most likely token has 1.
+
+    In float64: at a tiny temperature the scaled differences do not fit into float32.
+    """
+    with np.errstate(over="ignore", under="ignore"):  # the others become -inf, then 0
+        weights: _Doubles = np.exp((logits.astype(np.float64) - top) / temperature)
+    return weights
+
+
+def _total(logits: _Floats, top: float, temperature: float) -> float:
+    """Sum of all weights, to about eight digits: exponentials of a whole vocabulary are dear in float64."""
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.exp((logits - np.float32(top)) / np.float32(temperature)).sum(dtype=np.float64))
+
+
 def _inverse_cdf(
-    logits: _Floats, weights: npt.NDArray[np.float64], params: Sampling, share: float, count: int
+    logits: _Floats, top: float, total: float | None, params: Sampling, share: float, count: int
 ) -> int | None:
     """The token at `share` of the filtered distribution, tokens in order of falling weight, then of rising id.
 
-    Looks at the `count` most likely tokens only, which are more than top_k; None when they do not decide. They are a
+    Looks at `count` of the most likely tokens, which are more than top_k; None when they do not decide. They are a
     prefix of the whole order, and their running sum one of the whole sum: every `count` that decides gives one token.
+
+    Args:
+        total: weight of the whole vocabulary; None where top_k makes it unimportant.
     """
     order = _most_likely(logits, count)[: params.top_k or None]
-    complete = params.top_k > 0 or len(order) == logits.size
-    mass = np.cumsum(weights[order])
-    total = mass[-1] if params.top_k else weights.sum()
+    complete = total is None or len(order) == logits.size
+    weights = _weights(logits[order], top, params.temperature)
+    mass = np.cumsum(weights)
+    if complete or total is None:
+        total = float(mass[-1])
+    kept = len(order)
     if params.top_p < 1.0:
         # The smallest prefix that reaches top_p.
-        last = int(np.searchsorted(mass, params.top_p * total))
-        if last < len(mass):
-            total = mass[last]
-        elif not complete:
-            return None
-    index = int(np.searchsorted(mass, share * total, side="right"))
-    if index == len(mass):
+        kept = min(kept, int(np.searchsorted(mass, params.top_p * total)) + 1)
+    if params.min_p > 0.0:
+        kept = min(kept, int(np.searchsorted(-weights, -params.min_p, side="right")))
+    if kept < len(order):
+        total = float(mass[kept - 1])
+    elif not complete and (params.top_p < 1.0 or params.min_p > 0.0):
+        return None
+    index = int(np.searchsorted(mass[:kept], share * total, side="right"))
+    if index == kept:
         if not complete:
             return None
         # The sums differ by rounding: it is the last token that has any weight.
-        index = int(np.searchsorted(mass, mass[-1]))
+        index = int(np.searchsorted(mass[:kept], mass[kept - 1]))
     return int(order[index])
 
 
 def _most_likely(logits: _Floats, count: int) -> _Tokens:
-    """The `count` most likely tokens, and those that tie with the last, by falling logit, then by rising id."""
+    """At least `count` most likely tokens, ties with the last included, by falling logit, then by rising id."""
     if count >= logits.size:
         return np.argsort(-logits, kind="stable")
-    threshold = np.partition(logits, logits.size - count)[logits.size - count]
+    # As many columns hold a logit of at least the threshold; ordering their maxima is cheaper than ordering all.
+    columns = 3 * count
+    depth = logits.size // columns
+    maxima = logits[: depth * columns].reshape(depth, columns).max(0) if depth > 1 else logits
+    threshold = np.partition(maxima, len(maxima) - count)[len(maxima) - count]
     tokens = np.flatnonzero(logits >= threshold)
     return tokens[np.argsort(-logits[tokens], kind="stable")]

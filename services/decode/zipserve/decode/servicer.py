@@ -10,6 +10,7 @@ from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import Sampling
 from zipserve.decode.worker import Continuation, DecodeWorker, Finish, Stream
 from zipserve.engine.device import Device
+from zipserve.engine.sampling import Sampler
 from zipserve.v1 import decode_service_pb2, decode_service_pb2_grpc
 
 
@@ -52,15 +53,26 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
     def _continuation(self, request: decode_service_pb2.DecodeRequest) -> Continuation:
         if request.max_new_tokens < 1:
             raise InvalidRequestError("max_new_tokens is 0, must be at least 1", field="max_new_tokens")
-        if request.token_id >= self._device.vocab_tokens:
-            raise InvalidRequestError(
-                f"token id {request.token_id} is outside the vocabulary of {self._device.vocab_tokens}",
-                field="token_id",
-            )
+        for field, token_id in (
+            ("token_id", request.token_id),
+            ("past_token_ids", max(request.past_token_ids, default=0)),
+        ):
+            if token_id >= self._device.vocab_tokens:
+                raise InvalidRequestError(
+                    f"token id {token_id} is outside the vocabulary of {self._device.vocab_tokens}", field=field
+                )
+        params = Sampling.from_proto(request.sampling)
+        params.check_ids(self._device.vocab_tokens)
         return Continuation(
             request_id=request.request_id,
             token_id=request.token_id,
-            sampling=Sampling.from_proto(request.sampling),
+            sampling=Sampler(
+                params,
+                [*request.past_token_ids, request.token_id],
+                prompt_tokens=request.prompt_tokens,
+                min_tokens=request.min_tokens,
+                stop_token_ids=request.stop_token_ids,
+            ),
             max_new_tokens=request.max_new_tokens,
             stop_token_ids=frozenset(request.stop_token_ids),
         )

@@ -17,11 +17,10 @@ from zipserve.common.errors import (
 from zipserve.common.kv.layout import SlabKind
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
-from zipserve.common.sampling import Sampling
 from zipserve.common.transfer.puller import KvPuller, PullStats
 from zipserve.decode.scheduler import DecodeScheduler, Reservation, Ticket
 from zipserve.engine.device import Device
-from zipserve.engine.sampling import sample
+from zipserve.engine.sampling import Sampler, sample
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.v1 import kv_pb2
 from zipserve.v1.sampling_pb2 import FinishReason
@@ -36,7 +35,7 @@ class Continuation:
     request_id: str
     token_id: int
     """Newest token of the sequence, whose KV is computed here."""
-    sampling: Sampling
+    sampling: Sampler
     max_new_tokens: int
     stop_token_ids: frozenset[int]
 
@@ -174,6 +173,7 @@ class DecodeWorker:
         self._scheduler.free_tail(stream.reservation)
         stream.output.put_nowait(token_id)
         stream.next_input = token_id
+        stream.continuation.sampling.append(token_id)
         stream.generated += 1
         self._metrics.generated_tokens.inc()
         if token_id in stream.continuation.stop_token_ids:

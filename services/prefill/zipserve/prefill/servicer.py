@@ -7,6 +7,7 @@ from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import Sampling
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
+from zipserve.engine.sampling import Sampler
 from zipserve.prefill.worker import PrefillWorker
 from zipserve.v1 import prefill_service_pb2, prefill_service_pb2_grpc
 
@@ -26,7 +27,15 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         self._check(request)
         deadline = Deadline.of(context, self._deadline_default_s)
         deadline.remaining_s()
-        sampling = Sampling.from_proto(request.sampling)
+        params = Sampling.from_proto(request.sampling)
+        params.check_ids(self._device.vocab_tokens)
+        sampling = Sampler(
+            params,
+            request.token_ids,
+            prompt_tokens=request.prompt_tokens,
+            min_tokens=request.min_tokens,
+            stop_token_ids=request.stop_token_ids,
+        )
         done = await self._worker.prefill(
             request.request_id, list(request.token_ids), sampling, deadline.at_s, request.priority
         )

@@ -11,10 +11,9 @@ from zipserve.common.kv.header import SlabIdentity
 from zipserve.common.kv.layout import HEADER_BYTES
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
-from zipserve.common.sampling import Sampling
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
-from zipserve.engine.sampling import sample
+from zipserve.engine.sampling import Sampler, sample
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
 from zipserve.v1 import kv_pb2
@@ -38,7 +37,7 @@ class Prompt:
 
     request_id: str
     token_ids: list[int]
-    sampling: Sampling
+    sampling: Sampler
     submitted_s: float
     result: "asyncio.Future[Prefilled]"
     started_s: float = 0.0
@@ -72,7 +71,7 @@ class PrefillWorker:
         self.draining = False
 
     async def prefill(
-        self, request_id: str, token_ids: list[int], sampling: Sampling, deadline_s: float, priority: int = 0
+        self, request_id: str, token_ids: list[int], sampling: Sampler, deadline_s: float, priority: int = 0
     ) -> Prefilled:
         """Computes a prompt when its turn comes. Cancelling frees all that it holds before the next step.
 

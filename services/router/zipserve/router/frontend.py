@@ -19,7 +19,7 @@ from zipserve.common.sampling import Sampling
 from zipserve.router.admission import Admission, Ticket
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
-from zipserve.router.job import Job, check_prompt, check_stop, completion_tokens
+from zipserve.router.job import Job, check_min_tokens, check_prompt, check_stop, completion_tokens
 from zipserve.router.policy import InFlight, Need
 from zipserve.router.session import Report, Rules, Session, Workers
 from zipserve.router.tokenizer import PromptTokenizer
@@ -162,10 +162,12 @@ class Frontend:
             raise ModelNotFoundError(f"model {request.model[:128]!r} is not served; served: {self.model.name}")
         facts = self.facts()
         sampling = Sampling.from_proto(request.sampling, default_seed=secrets.randbits(64))
+        sampling.check_ids(facts.vocab_tokens)
         check_stop(request.stop, facts, self._settings)
         prompt = await self._encode(request)
         check_prompt(prompt, facts)
         max_tokens = completion_tokens(request.stop, len(prompt), facts, self._settings)
+        check_min_tokens(request.stop, max_tokens)
         eos = frozenset[int]() if request.stop.ignore_eos else facts.eos_token_ids
         job = Job(
             request_id=request_id,
@@ -175,6 +177,7 @@ class Frontend:
             stop=tuple(request.stop.stop),
             stop_token_ids=eos.union(request.stop.stop_token_ids),
             priority=request.priority,
+            min_tokens=request.stop.min_tokens,
         )
         self._admission.reserve(ticket, job.tokens_max, self._now())
         return job

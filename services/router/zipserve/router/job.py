@@ -27,6 +27,8 @@ class Job:
     """Ids that end the generation, the model's own included unless they are to be ignored."""
     priority: int = 0
     """Higher goes first on every worker."""
+    min_tokens: int = 0
+    """Generated tokens before which nothing but max_tokens ends it."""
 
     @property
     def tokens_max(self) -> int:
@@ -77,7 +79,9 @@ def completion_tokens(stop: StopConditions, prompt_tokens: int, facts: ModelFact
     """
     room = facts.context_tokens - prompt_tokens
     if not stop.HasField("max_tokens"):
-        return min(room, settings.completion_tokens_default, settings.completion_tokens_max)
+        most = min(room, settings.completion_tokens_default, settings.completion_tokens_max)
+        # Who asks for many at least wants more than the default.
+        return max(most, min(stop.min_tokens, room, settings.completion_tokens_max))
     asked, limit = stop.max_tokens, settings.completion_tokens_max
     if not 1 <= asked <= limit:
         raise InvalidRequestError(f"stop.max_tokens is {asked}, must be 1 to {limit}", field="stop.max_tokens")
@@ -88,6 +92,15 @@ def completion_tokens(stop: StopConditions, prompt_tokens: int, facts: ModelFact
             field="stop.max_tokens",
         )
     return asked
+
+
+def check_min_tokens(stop: StopConditions, max_tokens: int) -> None:
+    """Raises InvalidRequestError if more tokens are asked for at least than there can be at most."""
+    if stop.min_tokens > max_tokens:
+        raise InvalidRequestError(
+            f"stop.min_tokens is {stop.min_tokens}, must be at most the {max_tokens} tokens that may be generated",
+            field="stop.min_tokens",
+        )
 
 
 def _check_ids(token_ids: Sequence[int], facts: ModelFacts, field: str) -> None:

@@ -187,7 +187,7 @@ class Session:
 
     async def _attempt(self, pair: Pair) -> AsyncGenerator[Chunk, None]:
         prefill, decode = pair.prefill, pair.decode
-        token_ids = [*self._job.prompt, *self._transcript.token_ids]
+        token_ids = self._transcript.sequence
         self._in_flight.picked(pair)
         with self._in_flight.decoding(decode):
             with self._in_flight.prefilling(prefill, len(token_ids)):
@@ -215,6 +215,9 @@ class Session:
             sampling=self._job.sampling.to_proto(),
             layout_fingerprint=worker.writable_layout,
             priority=self._job.priority,
+            prompt_tokens=len(self._job.prompt),
+            min_tokens=self._job.min_tokens,
+            stop_token_ids=sorted(self._job.stop_token_ids),
         )
         answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
         self.report.count_prefill(answer)
@@ -232,6 +235,9 @@ class Session:
             max_new_tokens=self._transcript.remaining,
             stop_token_ids=sorted(self._job.stop_token_ids),
             priority=self._job.priority,
+            prompt_tokens=len(self._job.prompt),
+            min_tokens=self._job.min_tokens,
+            past_token_ids=self._transcript.sequence[:kv_tokens] if self._job.sampling.penalizes else (),
         )
         pulled = False
         try:

@@ -46,6 +46,11 @@ class Transcript:
         return len(self._job.prompt) + len(self.token_ids)
 
     @property
+    def sequence(self) -> list[int]:
+        """The prompt's tokens and the generated ones."""
+        return [*self._job.prompt, *self.token_ids]
+
+    @property
     def remaining(self) -> int:
         """Tokens that may still be generated."""
         return self._job.max_tokens - len(self.token_ids)
@@ -80,6 +85,8 @@ class Transcript:
         return text
 
     def _release(self, text: str) -> str:
+        if len(self.token_ids) <= self._job.min_tokens:
+            return text
         released = self._matcher.feed(text)
         if released.stop is not None:
             self.finish = FinishReason.FINISH_REASON_STOP
