@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from polling import until
 from router_cluster import PROMPT, Cluster, answer, build, refusal
-from router_peers import text_at, token_at
+from router_peers import logprobs_at, text_at, token_at
 from zipserve.common.errors import WorkerLostError
 from zipserve.common.models import ModelFiles
 from zipserve.v1.inference_service_pb2 import (
@@ -85,7 +85,7 @@ async def test_every_parameter_reaches_the_workers(alone: Cluster) -> None:
     prefill, decode = await alone.add("p0"), await alone.add("d0")
     sampling = SamplingParams(
         temperature=0.5, top_k=3, top_p=0.5, seed=11, min_p=0.25, repetition_penalty=1.5, presence_penalty=-1,
-        frequency_penalty=0.5, logit_bias={7: -1.5, 3: 100},
+        frequency_penalty=0.5, logit_bias={7: -1.5, 3: 100}, logprobs=0, prompt_logprobs=20,
     )  # fmt: skip
     stop = StopConditions(max_tokens=7, min_tokens=4, stop_token_ids=[9])
     await answer(alone.generate(stop=stop, sampling=sampling))
@@ -95,6 +95,19 @@ async def test_every_parameter_reaches_the_workers(alone: Cluster) -> None:
         assert (request.prompt_tokens, request.min_tokens) == (10, 4)
         assert list(request.stop_token_ids) == [2, 9]
     assert list(continued.past_token_ids) == list(PROMPT.ids)  # type: ignore[union-attr]
+
+
+async def test_log_probabilities(cluster: Cluster) -> None:
+    sampling = SamplingParams(logprobs=2, prompt_logprobs=1)
+    call = cluster.generate(stop=StopConditions(max_tokens=5), sampling=sampling)
+    responses = [response async for response in call]
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds == ["started", "prompt_logprobs", *["delta"] * (len(kinds) - 3), "finished"]
+    assert list(responses[1].prompt_logprobs.logprobs) == [logprobs_at(i, 1) for i in range(1, 10)]
+    found = [of_token for response in responses for of_token in response.delta.logprobs]
+    assert found == [logprobs_at(i, 2) for i in range(10, 15)]
+    for response in responses:
+        assert len(response.delta.logprobs) == len(response.delta.token_ids)
 
 
 async def test_a_replay_says_where_the_prompt_ends(alone: Cluster) -> None:
@@ -108,12 +121,15 @@ async def test_a_replay_says_where_the_prompt_ends(alone: Cluster) -> None:
 
     decode = await alone.add("d0", at_token=fail_once)
     result = await answer(
-        alone.generate(stop=StopConditions(max_tokens=9), sampling=SamplingParams(frequency_penalty=1))
+        alone.generate(
+            stop=StopConditions(max_tokens=9), sampling=SamplingParams(frequency_penalty=1, prompt_logprobs=0)
+        )
     )
     assert result.token_ids == [token_at(10 + i) for i in range(9)]
     assert result.finished.usage.replays == 1
     again, continued = prefill.requests[1], decode.requests[1]
     assert list(again.token_ids) == [*PROMPT.ids, *result.token_ids[:4]]  # type: ignore[union-attr]
+    assert [request.sampling.HasField("prompt_logprobs") for request in prefill.requests] == [True, False]
     assert (again.prompt_tokens, continued.prompt_tokens) == (10, 10)
     assert list(continued.past_token_ids) == list(again.token_ids)  # type: ignore[union-attr]
 
@@ -226,6 +242,8 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
         "below the vocabulary's size of 259",
     ),
     ({"sampling": SamplingParams(logit_bias=dict.fromkeys(range(1025), 1))}, "sampling.logit_bias", "1025 entries"),
+    ({"sampling": SamplingParams(logprobs=21)}, "sampling.logprobs", "21, must be between 0 and 20"),
+    ({"sampling": SamplingParams(prompt_logprobs=21)}, "sampling.prompt_logprobs", "21, must be between 0 and 20"),
     ({"stop": StopConditions(max_tokens=7, min_tokens=8)}, "stop.min_tokens", "8, must be at most the 7 tokens"),
     ({"stop": StopConditions(min_tokens=503)}, "stop.min_tokens", "503, must be at most the 502 tokens"),
 ]

@@ -105,6 +105,7 @@ class Answer:
 
 def collect(responses: list[GenerateResponse]) -> Answer:
     """Puts a stream together, and checks that it has every event in order and every token once."""
+    responses = [response for response in responses if response.WhichOneof("event") != "prompt_logprobs"]
     kinds = [response.WhichOneof("event") for response in responses]
     assert kinds == ["started", *["delta"] * (len(kinds) - 2), "finished"]
     token_ids: list[int] = []

@@ -28,7 +28,7 @@ from zipserve.v1.prefill_service_pb2 import (
     ReleaseHandleResponse,
 )
 from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceServicer, add_PrefillServiceServicer_to_server
-from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, TokenLogprobs
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
 VOCAB_TOKENS = 259
@@ -44,6 +44,11 @@ def token_at(position: int) -> int:
 def text_at(position: int, count: int) -> str:
     """Text of the tokens from a position on."""
     return "".join(chr(ord("a") + p % 26) for p in range(position, position + count))
+
+
+def logprobs_at(position: int, top: int) -> TokenLogprobs:
+    """Of the token at a position."""
+    return TokenLogprobs(logprob=-position, top_token_ids=range(top), top_logprobs=[-position - i for i in range(top)])
 
 
 async def nothing(_: object) -> None:
@@ -138,6 +143,11 @@ class Peer:
         self.timeouts_s.append(context.time_remaining())
 
 
+def _logprobs(sampling: SamplingParams, start: int, count: int) -> list[TokenLogprobs]:
+    asked = sampling.HasField("logprobs")
+    return [logprobs_at(position, sampling.logprobs) for position in range(start, start + count) if asked]
+
+
 class _Prefill(PrefillServiceServicer):
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -158,6 +168,12 @@ class _Prefill(PrefillServiceServicer):
             handle=handle,
             queue_time=to_duration(0.25),
             compute_time=to_duration(0.5),
+            logprobs=next(iter(_logprobs(request.sampling, position, 1)), None),
+            prompt_logprobs=[
+                logprobs_at(i, request.sampling.prompt_logprobs)
+                for i in range(1, position)
+                if request.sampling.HasField("prompt_logprobs")
+            ],
         )
 
     async def ReleaseHandle(self, request: ReleaseHandleRequest, context: Context) -> ReleaseHandleResponse:
@@ -185,7 +201,8 @@ class _Decode(DecodeServiceServicer):
                 token_ids = [EOS if p == peer.end_at else token_at(p) for p in range(first, last)]
                 await peer.at_token(first)
                 peer.position = last - 1
-                yield DecodeResponse(tokens=DecodedTokens(position=first, token_ids=token_ids))
+                logprobs = _logprobs(request.sampling, first, len(token_ids))
+                yield DecodeResponse(tokens=DecodedTokens(position=first, token_ids=token_ids, logprobs=logprobs))
                 if set(token_ids) & set(request.stop_token_ids):
                     reason = FinishReason.FINISH_REASON_STOP
                     break

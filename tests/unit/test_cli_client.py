@@ -27,12 +27,13 @@ from zipserve.v1.inference_service_pb2 import (
     ListModelsRequest,
     ListModelsResponse,
     Model,
+    PromptLogprobs,
     Started,
     Timings,
     Usage,
 )
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
-from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopConditions
+from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopConditions, TokenLogprobs
 
 STARTED = GenerateResponse(started=Started(request_id="r-1", model="m", prompt_tokens=5, seed=7))
 FINISHED = GenerateResponse(
@@ -248,16 +249,30 @@ def test_every_flag_of_sampling_reaches_the_server(fake: FakeInference, address:
     flags = (
         "--temperature 0.5 --top-k 3 --top-p 0.25 --min-p 0.125 --repetition-penalty 1.5 --presence-penalty -1 "
         "--frequency-penalty 0.5 --logit-bias 7=-1.5 --logit-bias 3=4 --seed 5 --max-tokens 9 --min-tokens 2 "
-        "--stop-token-id 11 --ignore-eos --stop END"
+        "--stop-token-id 11 --ignore-eos --stop END --logprobs 0 --prompt-logprobs 3"
     )
     assert main(["generate", "x", "--address", address, *flags.split()]) == 0
     assert fake.requests[0].sampling == SamplingParams(
         temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, repetition_penalty=1.5, presence_penalty=-1,
-        frequency_penalty=0.5, logit_bias={7: -1.5, 3: 4}, seed=5,
+        frequency_penalty=0.5, logit_bias={7: -1.5, 3: 4}, seed=5, logprobs=0, prompt_logprobs=3,
     )  # fmt: skip
     assert fake.requests[0].stop == StopConditions(
         max_tokens=9, min_tokens=2, stop_token_ids=[11], ignore_eos=True, stop=["END"]
     )
+
+
+def test_log_probabilities_as_json(fake: FakeInference, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    of_token = TokenLogprobs(logprob=-0.5, top_token_ids=[7, 9], top_logprobs=[-0.25, -0.5])
+    fake.answer([
+        STARTED,
+        GenerateResponse(prompt_logprobs=PromptLogprobs(logprobs=[of_token, TokenLogprobs(logprob=-2)])),
+        GenerateResponse(delta=Delta(index=0, token_ids=[9], text="x", logprobs=[of_token])),
+        WHOLE[-1],
+    ])  # fmt: skip
+    assert main(["generate", "x", "--address", address, "--json", "--logprobs", "2", "--prompt-logprobs", "2"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    told = {"logprob": -0.5, "top": [{"token_id": 7, "logprob": -0.25}, {"token_id": 9, "logprob": -0.5}]}
+    assert (answer["logprobs"], answer["prompt_logprobs"]) == ([told], [told, {"logprob": -2, "top": []}])
 
 
 def test_generate_reads_stdin(fake: FakeInference, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Steps over a KV cache: what is written where, what a sequence may depend on, what is refused."""
 
 from collections.abc import Sequence as SequenceOf
+from typing import Any
 
 import numpy as np
 import pytest
@@ -238,3 +239,32 @@ def test_arenas_are_pages(model: LoadedModel) -> None:
     cache.slab(SlabKind.TAIL, 2)[:3] = b"abc"
     assert cache.arenas.tails[2, :3].tolist() == list(b"abc")
     assert cache.slab(SlabKind.BLOCK, 1).nbytes == cache.layout.slab_bytes(SlabKind.BLOCK)
+
+
+def test_every_row_of_the_segments_that_want_them(model: LoadedModel) -> None:
+    """Beside others, decode steps among them; the row of the last token is the step's."""
+    engine = engine_of(model)
+    alone = engine.logits_of(Segment(Sequence([0, 1], 0), ids(19)))
+    wanted, started = Sequence([2, 3], 1), Sequence([4], 2)
+    engine.forward([Segment(started, ids(5, seed=2))])
+    computed = engine.forward(
+        [Segment(Sequence([5], 3), ids(9, seed=3)), Segment(started, [1], True), Segment(wanted, ids(19), True)]
+    )
+    assert list(computed.every) == [1, 2]
+    assert computed.every[1].shape == (1, model.vocab_tokens)
+    close(computed.every[2], alone)
+    close(computed.every[2][-1], computed.logits[2])
+    close(computed.every[1][0], computed.logits[1])
+
+
+def test_the_head_is_computed_for_wanted_rows_only(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, rows = engine_of(model), []
+    head = model.module.lm_head.forward
+
+    def counted(hidden: torch.Tensor) -> Any:
+        rows.append(hidden.shape[1])
+        return head(hidden)
+
+    monkeypatch.setattr(model.module.lm_head, "forward", counted)
+    engine.forward([Segment(Sequence([0, 1], 0), ids(19)), Segment(Sequence([2], 1), ids(8), every_row=True)])
+    assert rows == [2 + 8]

@@ -1,5 +1,6 @@
 """Validation: every limit, by name and value; and the transcript that a valid job fills."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,9 @@ from zipserve.common.sampling import Sampling
 from zipserve.router.config import RouterSettings
 from zipserve.router.detokenizer import Detokenizer
 from zipserve.router.facts import ModelFacts
-from zipserve.router.job import Job, check_prompt, check_stop, completion_tokens
+from zipserve.router.job import Job, check_prompt, check_prompt_logprobs, check_stop, completion_tokens
 from zipserve.router.transcript import Transcript
-from zipserve.v1.sampling_pb2 import FinishReason, StopConditions
+from zipserve.v1.sampling_pb2 import FinishReason, StopConditions, TokenLogprobs
 
 FACTS = ModelFacts(context_tokens=100, vocab_tokens=50, eos_token_ids=frozenset({2}))
 SETTINGS = RouterSettings.model_validate(
@@ -97,6 +98,17 @@ def test_facts_come_from_the_configuration(tmp_path: Path) -> None:
         ModelFacts.read(folder)
 
 
+@pytest.mark.parametrize(("top", "tokens", "fits"), [(0, 1 << 18, True), (20, 12_484, False), (20, 12_483, True)])
+def test_prompt_logprobs_fit_into_a_message(top: int, tokens: int, fits: bool) -> None:
+    check_prompt_logprobs(tokens, Sampling())
+    if fits:
+        check_prompt_logprobs(tokens, Sampling(prompt_logprobs=top))
+        return
+    with pytest.raises(InvalidRequestError, match="of 20 for 12484 tokens are 262164 values, at most 262144") as caught:
+        check_prompt_logprobs(tokens, Sampling(prompt_logprobs=top))
+    assert caught.value.field == "sampling.prompt_logprobs"
+
+
 def job(
     *, max_tokens: int = 10, stop: tuple[str, ...] = (), ids: frozenset[int] = frozenset({0}), min_tokens: int = 0
 ) -> Job:
@@ -115,6 +127,16 @@ def test_a_stop_token_counts_but_has_no_text() -> None:
     output = transcript(job())
     chunk = output.append(3, [*codes("ab"), 0, *codes("c")])
     assert (chunk.index, chunk.token_ids, chunk.text, output.finish) == (0, (97, 98, 0), "ab", STOP)
+
+
+def test_log_probabilities_go_with_their_tokens() -> None:
+    of_four = [TokenLogprobs(logprob=-i) for i in range(4)]
+    asking = replace(job(), sampling=Sampling(logprobs=0))
+    chunk = transcript(asking).append(3, [*codes("ab"), 0, *codes("c")], of_four)
+    assert chunk.logprobs == tuple(of_four[:3])
+    for wrong, of in ((of_four[:3], asking), ([], asking), (of_four, job())):
+        with pytest.raises(InternalError, match=f"log-probabilities of {len(wrong)} for 4 tokens"):
+            transcript(of).append(3, codes("abcd"), wrong)
 
 
 def test_length_is_cut_at_max_tokens() -> None:

@@ -212,6 +212,7 @@ class Run:
     async def go(self) -> None:
         async with aclosing(self.session.run()) as chunks:
             async for chunk in chunks:
+                assert isinstance(chunk, Chunk)
                 self.chunks.append(chunk)
                 if len(self.chunks) == self.cancel_after_chunks:
                     raise asyncio.CancelledError

@@ -6,8 +6,8 @@ from typing import Any
 from google.protobuf.duration_pb2 import Duration
 
 from zipserve.cli.client import Event
-from zipserve.v1.inference_service_pb2 import Delta, Finished, Started
-from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.v1.inference_service_pb2 import Delta, Finished, PromptLogprobs, Started
+from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 
 @dataclass
@@ -17,6 +17,8 @@ class Answer:
     asked_at_s: float
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     started: Started = field(default_factory=Started)
     finished: Finished | None = None
     first_at_s: float | None = None
@@ -33,7 +35,10 @@ class Answer:
                 self.started = event
             case Finished():
                 self.finished = event
+            case PromptLogprobs():
+                self.prompt_logprobs.extend(event.logprobs)
             case Delta():
+                self.logprobs.extend(event.logprobs)
                 self.text += event.text
                 if event.token_ids:
                     self.token_ids.extend(event.token_ids)
@@ -88,6 +93,8 @@ class Answer:
             "seed": self.started.seed,
             "text": self.text,
             "token_ids": self.token_ids,
+            "logprobs": [_logprobs(of_token) for of_token in self.logprobs],
+            "prompt_logprobs": [_logprobs(of_token) for of_token in self.prompt_logprobs],
             "finish_reason": self.finish_reason,
             "usage": {
                 "prompt_tokens": usage.prompt_tokens,
@@ -104,6 +111,11 @@ class Answer:
             },
             "kv_transfer": {"bytes": moved.bytes, "blocks": moved.blocks, "tokens": moved.tokens},
         }
+
+
+def _logprobs(of_token: TokenLogprobs) -> dict[str, Any]:
+    top = zip(of_token.top_token_ids, of_token.top_logprobs, strict=True)
+    return {"logprob": of_token.logprob, "top": [{"token_id": token_id, "logprob": value} for token_id, value in top]}
 
 
 def _s(duration: Duration) -> float:

@@ -18,13 +18,15 @@ from zipserve.v1.inference_service_pb2 import (
     GenerateResponse,
     ListModelsRequest,
     Model,
+    PromptLogprobs,
     Started,
 )
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions
 
-Event = Started | Delta | Finished
-"""One event of an answer: started once, then deltas, then finished once."""
+Event = Started | PromptLogprobs | Delta | Finished
+"""One event of an answer: started once, then the prompt's log-probabilities if they were asked for, then deltas, then
+finished once."""
 
 _LOCAL_HOSTS = ("127.", "localhost:", "[::1]:")
 
@@ -70,6 +72,8 @@ class Client:
         presence_penalty: float | None = None,
         frequency_penalty: float | None = None,
         logit_bias: Mapping[int, float] | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
         min_tokens: int = 0,
@@ -82,6 +86,7 @@ class Client:
             prompt: plain text, sent as it is; or a conversation, rendered with the model's chat template.
             model: id; empty for the only one served.
             logit_bias: added to the logits of these tokens.
+            logprobs: tell log-probabilities of the generated tokens, and of so many of the most likely ones.
             timeout_s: longest time for the whole answer. None: no limit.
         """
         request = GenerateRequest(
@@ -96,6 +101,8 @@ class Client:
                 presence_penalty=presence_penalty,
                 frequency_penalty=frequency_penalty,
                 logit_bias=logit_bias,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
             ),
             stop=StopConditions(
                 max_tokens=max_tokens,
@@ -184,6 +191,8 @@ class Stream(Iterator[Event]):
             case "finished":
                 self._finished = True
                 return response.finished
+            case "prompt_logprobs":
+                return response.prompt_logprobs
             case _:
                 return self._check_delta(response.delta)
 

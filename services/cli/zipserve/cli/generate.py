@@ -57,6 +57,8 @@ def ask(client: Client, prompt: str | Sequence[Message], options: argparse.Names
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
         logit_bias=dict(options.logit_bias),
+        logprobs=options.logprobs,
+        prompt_logprobs=options.prompt_logprobs,
         stop=options.stop,
         stop_token_ids=options.stop_token_ids,
         min_tokens=options.min_tokens,

@@ -18,8 +18,14 @@ def build() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads stdin")
     generate.add_argument("--raw", action="store_true", help="send plain text, without the model's chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    generate.add_argument(
+        "--logprobs", type=_tops, metavar="K", help="tell log-probabilities, and those of the K likeliest, with --json"
+    )
+    generate.add_argument("--prompt-logprobs", type=_tops, metavar="K", help="the same for the prompt's tokens")
     _add_generation(generate)
-    _add_generation(commands.add_parser("chat", help="talk with the model"))
+    chat = commands.add_parser("chat", help="talk with the model")
+    chat.set_defaults(logprobs=None, prompt_logprobs=None)
+    _add_generation(chat)
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME", help="which one")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its own options; try NAME --help")
@@ -90,6 +96,12 @@ def _add_generation(parser: argparse.ArgumentParser) -> None:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+def _tops(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
     return int(text)
 
 

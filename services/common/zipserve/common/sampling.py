@@ -12,6 +12,7 @@ REPETITION_PENALTY_MAX = 16.0
 PENALTY_MAX = 2.0
 LOGIT_BIAS_MAX = 100.0
 LOGIT_BIAS_ENTRIES_MAX = 1024
+LOGPROBS_MAX = 20
 SEED_MAX = (1 << 64) - 1
 
 
@@ -41,6 +42,11 @@ class Sampling:
     """Taken off the logits of generated tokens, for each time."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Token id and what is added to its logit; by rising id."""
+    logprobs: int | None = None
+    """How many of the most likely tokens are told beside each generated one with their log-probabilities; None: not
+    even its own is."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, TEMPERATURE_MAX)
@@ -59,6 +65,8 @@ class Sampling:
             )
         for token_id, bias in self.logit_bias:
             _check_range(f"logit_bias[{token_id}]", bias, -LOGIT_BIAS_MAX, LOGIT_BIAS_MAX)
+        _check_range("logprobs", self.logprobs or 0, 0, LOGPROBS_MAX)
+        _check_range("prompt_logprobs", self.prompt_logprobs or 0, 0, LOGPROBS_MAX)
 
     @property
     def penalizes(self) -> bool:
@@ -92,10 +100,12 @@ class Sampling:
             presence_penalty=message.presence_penalty,
             frequency_penalty=message.frequency_penalty,
             logit_bias=tuple(sorted(message.logit_bias.items())),
+            logprobs=message.logprobs if message.HasField("logprobs") else None,
+            prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         )
 
     def to_proto(self) -> sampling_pb2.SamplingParams:
-        """The message with every field set."""
+        """The message with every field set that is not None."""
         return sampling_pb2.SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -106,6 +116,8 @@ class Sampling:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=dict(self.logit_bias),
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
 
 

@@ -24,7 +24,7 @@ class Batch:
         self._chunks: list[tuple[slice, Chunk]] = []
         self.calls = 0
         """Layers that have been computed."""
-        last = [0] * len(segments)
+        spans = [slice(0)] * len(segments)
         token_ids: list[int] = []
         positions: list[int] = []
         for index in order:
@@ -34,13 +34,19 @@ class Batch:
                 self._chunks.append((rows, Chunk(sequence, len(ids), cache)))
             token_ids.extend(ids)
             positions.extend(range(sequence.length, sequence.length + len(ids)))
-            last[index] = rows.stop - 1
+            spans[index] = rows
         self.token_ids = torch.tensor([token_ids], device=cache.device)
         """[1, tokens]"""
         self.positions = torch.tensor([positions], device=cache.device)
         """[1, tokens]"""
-        self.last = torch.tensor(last, device=cache.device)
+        self.last = torch.tensor([rows.stop - 1 for rows in spans], device=cache.device)
         """[segments]: row of each segment's last token."""
+        self.every = {
+            index: torch.arange(spans[index].start, spans[index].stop, device=cache.device)
+            for index, segment in enumerate(segments)
+            if segment.every_row
+        }
+        """[tokens]: all rows of the segments that want them, by index."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring

@@ -1,7 +1,7 @@
 """Runs steps: tokens of many sequences through the model, their KV into the cache, the logits back."""
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,8 @@ class Step:
 
     logits: torch.Tensor
     """float32 [segments, vocab]: for the token that follows each segment; zeros where it failed."""
+    every: dict[int, torch.Tensor]
+    """float32 [tokens, vocab]: logits after each token of the segments that want them, by index."""
     failed: dict[int, ZipserveError]
     """Segments that failed, by index: their KV is lost, and their sequence's length is what it was."""
 
@@ -50,7 +52,8 @@ class Engine:
         """
         self._check(segments)
         batch = Batch(segments, self.cache)
-        logits = self._compute(batch, batch.last)
+        rows = self._compute(batch, torch.cat((batch.last, *batch.every.values())))
+        logits, *every = torch.split(rows, [len(segments), *map(len, batch.every.values())])
         failed: dict[int, ZipserveError] = dict(batch.refused())
         # The maximum is NaN or infinite if anything harmful is in a row; a single -inf is a token that is ruled out.
         for index, good in enumerate(logits.amax(-1).isfinite().tolist()):
@@ -61,22 +64,18 @@ class Engine:
                 logits[index] = 0
             else:
                 segment.sequence.length += len(segment.token_ids)
-        return Step(logits, failed)
+        return Step(logits, dict(zip(batch.every, every, strict=True)), failed)
 
-    @torch.inference_mode()
     def logits_of(self, segment: Segment) -> torch.Tensor:
         """Computes one segment like `forward`; returns the logits after each of its tokens, float32 [tokens, vocab].
 
         Raises:
             ValueError, InternalError, KvValueError: see `forward`.
         """
-        self._check([segment])
-        batch = Batch([segment], self.cache)
-        logits = self._compute(batch, torch.arange(len(segment.token_ids), device=self.cache.device))
-        for error in batch.refused().values():
+        step = self.forward([replace(segment, every_row=True)])
+        for error in step.failed.values():
             raise error
-        segment.sequence.length += len(segment.token_ids)
-        return logits
+        return step.every[0]
 
     def _compute(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         with attending(batch):

@@ -12,13 +12,14 @@ it over. What is asked for is applied in this order:
 6. min_p keeps, of these, the ones that are at least min_p times as likely as the most likely one;
 7. a token is drawn by the probabilities of those kept.
 
-Equally likely tokens are ordered by their ids.
+Equally likely tokens are ordered by their ids. Log-probabilities are of the logits before all of this.
 """
 
 import hashlib
 import struct
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,9 @@ import torch
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.sampling import Sampling
+from zipserve.engine.logprobs import token_logprobs
 from zipserve.engine.penalties import TokenCounts
+from zipserve.v1.sampling_pb2 import TokenLogprobs
 
 _CANDIDATES = (256, 4096)
 """How many tokens are sorted at first: nearly always enough, where sorting a whole vocabulary takes milliseconds."""
@@ -97,6 +100,25 @@ class Sampler:
         if logits.max() == -np.inf:
             logits[stops] = held  # there is nothing else to draw
         return logits
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token, with its log-probabilities if they were asked for."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+
+
+def draw(logits: torch.Tensor, samplers: SequenceOf[Sampler], positions: SequenceOf[int]) -> list[Drawn]:
+    """Draws one token per row, like `sample`, and finds the log-probabilities that are asked for."""
+    token_ids = sample(logits, samplers, positions)
+    wanted = {row: s.params.logprobs for row, s in enumerate(samplers) if s.params.logprobs is not None}
+    found: dict[int, TokenLogprobs] = {}
+    for top in set(wanted.values()):
+        rows = [row for row, of_row in wanted.items() if of_row == top]
+        found.update(zip(rows, token_logprobs(logits[rows], [token_ids[row] for row in rows], top), strict=True))
+    return [Drawn(token_id, found.get(row)) for row, token_id in enumerate(token_ids)]
 
 
 def sample(logits: torch.Tensor, samplers: SequenceOf[Sampler], positions: SequenceOf[int]) -> list[int]:

@@ -33,3 +33,5 @@ class Segment:
     sequence: Sequence
     token_ids: SequenceOf[int]
     """They stand at positions sequence.length and following."""
+    every_row: bool = False
+    """Whether the logits after each of the tokens are wanted, and not only those after the last."""

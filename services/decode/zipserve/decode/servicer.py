@@ -10,7 +10,7 @@ from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import Sampling
 from zipserve.decode.worker import Continuation, DecodeWorker, Finish, Stream
 from zipserve.engine.device import Device
-from zipserve.engine.sampling import Sampler
+from zipserve.engine.sampling import Drawn, Sampler
 from zipserve.v1 import decode_service_pb2, decode_service_pb2_grpc
 
 
@@ -33,16 +33,15 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             while True:
                 async with asyncio.timeout(deadline.remaining_s()):
                     item = await stream.output.get()
-                token_ids = []
-                while isinstance(item, int):
-                    token_ids.append(item)
+                tokens: list[Drawn] = []
+                while isinstance(item, Drawn):
+                    tokens.append(item)
                     if stream.output.empty():
                         break
                     item = stream.output.get_nowait()
-                if token_ids:
-                    tokens = decode_service_pb2.DecodedTokens(position=position, token_ids=token_ids)
-                    yield decode_service_pb2.DecodeResponse(tokens=tokens)
-                    position += len(token_ids)
+                if tokens:
+                    yield decode_service_pb2.DecodeResponse(tokens=_decoded(position, tokens))
+                    position += len(tokens)
                 if isinstance(item, ZipserveError):
                     raise item
                 if isinstance(item, Finish):
@@ -76,6 +75,14 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             max_new_tokens=request.max_new_tokens,
             stop_token_ids=frozenset(request.stop_token_ids),
         )
+
+
+def _decoded(position: int, tokens: list[Drawn]) -> decode_service_pb2.DecodedTokens:
+    return decode_service_pb2.DecodedTokens(
+        position=position,
+        token_ids=[drawn.token_id for drawn in tokens],
+        logprobs=[drawn.logprobs for drawn in tokens if drawn.logprobs is not None],
+    )
 
 
 def _pulled(stream: Stream) -> decode_service_pb2.Pulled:

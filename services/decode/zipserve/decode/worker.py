@@ -20,7 +20,7 @@ from zipserve.common.rpc.channel import Deadline
 from zipserve.common.transfer.puller import KvPuller, PullStats
 from zipserve.decode.scheduler import DecodeScheduler, Reservation, Ticket
 from zipserve.engine.device import Device
-from zipserve.engine.sampling import Sampler, sample
+from zipserve.engine.sampling import Drawn, Sampler, draw
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.v1 import kv_pb2
 from zipserve.v1.sampling_pb2 import FinishReason
@@ -56,7 +56,7 @@ class Stream:
     gone: bool = False
     """Finished, failed or abandoned; freed as soon as no step is using it."""
     freed: bool = False
-    output: "asyncio.Queue[int | Finish | ZipserveError]" = field(default_factory=asyncio.Queue)
+    output: "asyncio.Queue[Drawn | Finish | ZipserveError]" = field(default_factory=asyncio.Queue)
     """Tokens, then what ended the stream; never more than max_new_tokens + 1 entries."""
 
 
@@ -67,7 +67,7 @@ class Finish:
     reason: FinishReason.ValueType
 
 
-_Outcome = int | ZipserveError
+_Outcome = Drawn | ZipserveError
 """Of one stream of a step: its next token, or why it failed."""
 
 
@@ -169,9 +169,10 @@ class DecodeWorker:
         finally:
             self._metrics.step_seconds.observe(time.monotonic() - started_s)
 
-    def _advance(self, stream: Stream, token_id: int) -> None:
+    def _advance(self, stream: Stream, drawn: Drawn) -> None:
+        token_id = drawn.token_id
         self._scheduler.free_tail(stream.reservation)
-        stream.output.put_nowait(token_id)
+        stream.output.put_nowait(drawn)
         stream.next_input = token_id
         stream.continuation.sampling.append(token_id)
         stream.generated += 1
@@ -237,5 +238,5 @@ class DecodeWorker:
                 self._device.cache.unpack_tail(tails[0], open_tokens, stream.reservation.slot)
         step = self._device.engine.forward([Segment(s.sequence, [s.next_input]) for s in streams])
         positions = [s.first_position + s.generated for s in streams]
-        tokens = sample(step.logits, [s.continuation.sampling for s in streams], positions)
-        return [step.failed.get(i) or token for i, token in enumerate(tokens)]
+        tokens = draw(step.logits, [s.continuation.sampling for s in streams], positions)
+        return [step.failed.get(i) or drawn for i, drawn in enumerate(tokens)]

@@ -40,10 +40,12 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             request.request_id, list(request.token_ids), sampling, deadline.at_s, request.priority
         )
         return prefill_service_pb2.PrefillResponse(
-            token_id=done.token_id,
+            token_id=done.drawn.token_id,
             handle=done.handle,
             queue_time=to_duration(done.queue_s),
             compute_time=to_duration(done.compute_s),
+            logprobs=done.drawn.logprobs,
+            prompt_logprobs=done.prompt_logprobs,
         )
 
     async def ReleaseHandle(

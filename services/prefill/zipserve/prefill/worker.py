@@ -2,7 +2,9 @@
 
 import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, KvValueError, UnavailableError, ZipserveError
@@ -13,10 +15,12 @@ from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
-from zipserve.engine.sampling import Sampler, sample
+from zipserve.engine.logprobs import token_logprobs
+from zipserve.engine.sampling import Drawn, Sampler, draw
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
 from zipserve.v1 import kv_pb2
+from zipserve.v1.sampling_pb2 import TokenLogprobs
 
 _log = log.get()
 
@@ -25,7 +29,10 @@ _log = log.get()
 class Prefilled:
     """A computed prompt."""
 
-    token_id: int
+    drawn: Drawn
+    """The token after it."""
+    prompt_logprobs: list[TokenLogprobs]
+    """Of its tokens but the first, if they were asked for."""
     handle: kv_pb2.KvHandle
     queue_s: float
     compute_s: float
@@ -44,11 +51,13 @@ class Prompt:
     """When its first step began."""
     sequence: Sequence | None = None
     """From then on."""
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens computed so far but the first, and of the next one, if they are asked for."""
 
 
 @dataclass(frozen=True)
 class _Computed:
-    token_id: int
+    drawn: Drawn
     refs: list[kv_pb2.BlockRef]
 
 
@@ -175,7 +184,7 @@ class PrefillWorker:
             handle = self._source.issue(outcome.refs, len(prompt.token_ids), job.slabs)
             self._metrics.prompt_tokens.inc(len(prompt.token_ids))
             queue_s, compute_s = prompt.started_s - prompt.submitted_s, ended_s - prompt.started_s
-            prompt.result.set_result(Prefilled(outcome.token_id, handle, queue_s, compute_s))
+            prompt.result.set_result(Prefilled(outcome.drawn, prompt.logprobs, handle, queue_s, compute_s))
 
     def _note_idle(self) -> None:
         self._metrics.queued_requests.set(self._scheduler.queued_requests)
@@ -188,13 +197,13 @@ class PrefillWorker:
         prompts = [chunk.job.payload for chunk in chunks]
         step = self._device.engine.forward([_segment(chunk) for chunk in chunks])
         last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
-        tokens = sample(
-            step.logits[last], [prompts[i].sampling for i in last], [len(prompts[i].token_ids) for i in last]
-        )
+        tokens = draw(step.logits[last], [prompts[i].sampling for i in last], [len(prompts[i].token_ids) for i in last])
         outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(chunks))]
-        for i, token_id in zip(last, tokens, strict=True):
+        for i, rows in step.every.items():
+            _gather_logprobs(chunks[i], rows)
+        for i, drawn in zip(last, tokens, strict=True):
             try:
-                outcomes[i] = outcomes[i] or _Computed(token_id, self._seal(chunks[i].job))
+                outcomes[i] = outcomes[i] or _Computed(drawn, self._seal(chunks[i].job))
             except KvValueError as error:
                 outcomes[i] = error
         return outcomes
@@ -226,7 +235,15 @@ class PrefillWorker:
 def _segment(chunk: Chunk[Prompt]) -> Segment:
     job, sequence = chunk.job, chunk.job.payload.sequence
     assert sequence is not None
-    return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens])
+    wants_logprobs = job.payload.sampling.params.prompt_logprobs is not None
+    return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens], wants_logprobs)
+
+
+def _gather_logprobs(chunk: Chunk[Prompt], logits: torch.Tensor) -> None:
+    """Adds those of the tokens that follow the chunk's; after the prompt's last token there is none."""
+    prompt, computed = chunk.job.payload, chunk.job.computed
+    following = prompt.token_ids[computed + 1 : computed + chunk.tokens + 1]
+    prompt.logprobs += token_logprobs(logits[: len(following)], following, prompt.sampling.params.prompt_logprobs or 0)
 
 
 def _ref(identity: SlabIdentity, slab: int, checksum: int) -> kv_pb2.BlockRef:

@@ -19,12 +19,19 @@ from zipserve.common.sampling import Sampling
 from zipserve.router.admission import Admission, Ticket
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
-from zipserve.router.job import Job, check_min_tokens, check_prompt, check_stop, completion_tokens
+from zipserve.router.job import (
+    Job,
+    check_min_tokens,
+    check_prompt,
+    check_prompt_logprobs,
+    check_stop,
+    completion_tokens,
+)
 from zipserve.router.policy import InFlight, Need
 from zipserve.router.session import Report, Rules, Session, Workers
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.transcript import Chunk, Transcript
-from zipserve.v1.inference_service_pb2 import GenerateRequest
+from zipserve.v1.inference_service_pb2 import GenerateRequest, PromptLogprobs
 from zipserve.v1.sampling_pb2 import FinishReason
 
 _log = log.get()
@@ -50,7 +57,7 @@ class Finished:
     report: Report
 
 
-Event = Started | Chunk | Finished
+Event = Started | PromptLogprobs | Chunk | Finished
 
 
 @dataclass
@@ -166,6 +173,7 @@ class Frontend:
         check_stop(request.stop, facts, self._settings)
         prompt = await self._encode(request)
         check_prompt(prompt, facts)
+        check_prompt_logprobs(len(prompt), sampling)
         max_tokens = completion_tokens(request.stop, len(prompt), facts, self._settings)
         check_min_tokens(request.stop, max_tokens)
         eos = frozenset[int]() if request.stop.ignore_eos else facts.eos_token_ids
@@ -193,7 +201,9 @@ class Frontend:
             case _:
                 raise InvalidRequestError("there is no prompt: set text, chat or token_ids", field="prompt")
 
-    async def _run(self, job: Job, deadline: Deadline, trace: _Trace) -> AsyncGenerator[Chunk | Finished, None]:
+    async def _run(
+        self, job: Job, deadline: Deadline, trace: _Trace
+    ) -> AsyncGenerator[PromptLogprobs | Chunk | Finished, None]:
         transcript = trace.transcript = Transcript(job, self._tokenizer.detokenizer())
         session = trace.session = Session(
             job=job,

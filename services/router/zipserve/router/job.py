@@ -9,6 +9,9 @@ from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.v1.sampling_pb2 import StopConditions
 
+PROMPT_LOGPROBS_MAX = 1 << 18
+"""Log-probabilities of a prompt, those of other tokens included: about 2 MB."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -47,6 +50,17 @@ def check_prompt(prompt: Sequence[int], facts: ModelFacts) -> None:
             field="prompt",
         )
     _check_ids(prompt, facts, "token_ids.ids")
+
+
+def check_prompt_logprobs(prompt_tokens: int, sampling: Sampling) -> None:
+    """Raises InvalidRequestError if the prompt's log-probabilities would not fit into a message."""
+    each = 1 + (sampling.prompt_logprobs or 0)
+    if sampling.prompt_logprobs is not None and prompt_tokens * each > PROMPT_LOGPROBS_MAX:
+        raise InvalidRequestError(
+            f"sampling.prompt_logprobs of {sampling.prompt_logprobs} for {prompt_tokens} tokens are "
+            f"{prompt_tokens * each} values, at most {PROMPT_LOGPROBS_MAX} are allowed",
+            field="sampling.prompt_logprobs",
+        )
 
 
 def check_stop(stop: StopConditions, facts: ModelFacts, settings: RouterSettings) -> None:

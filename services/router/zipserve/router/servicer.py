@@ -59,7 +59,10 @@ def _response(event: Event) -> pb.GenerateResponse:
         return pb.GenerateResponse(started=started)
     if isinstance(event, Finished):
         return pb.GenerateResponse(finished=_finished(event))
-    return pb.GenerateResponse(delta=pb.Delta(index=event.index, token_ids=event.token_ids, text=event.text))
+    if isinstance(event, pb.PromptLogprobs):
+        return pb.GenerateResponse(prompt_logprobs=event)
+    delta = pb.Delta(index=event.index, token_ids=event.token_ids, text=event.text, logprobs=event.logprobs)
+    return pb.GenerateResponse(delta=delta)
 
 
 def _finished(event: Finished) -> pb.Finished:

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from zipserve.common import log
@@ -28,9 +28,10 @@ from zipserve.router.job import Job
 from zipserve.router.policy import InFlight, Need, Pair, Worker, WorkerKey, choose, missing
 from zipserve.router.transcript import Chunk, Transcript
 from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, Pulled
+from zipserve.v1.inference_service_pb2 import PromptLogprobs
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
-from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 _log = log.get()
 
@@ -136,7 +137,7 @@ class Session:
         self._called: Worker | None = None
         """Who was called last."""
 
-    async def run(self) -> AsyncGenerator[Chunk, None]:
+    async def run(self) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         """Generates until the transcript has ended. Closing it cancels what runs and gives up what is held.
 
         Raises:
@@ -185,7 +186,7 @@ class Session:
         except DeadlineError:
             raise error from None
 
-    async def _attempt(self, pair: Pair) -> AsyncGenerator[Chunk, None]:
+    async def _attempt(self, pair: Pair) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         prefill, decode = pair.prefill, pair.decode
         token_ids = self._transcript.sequence
         self._in_flight.picked(pair)
@@ -194,8 +195,10 @@ class Session:
                 answer = await self._prefill(prefill, token_ids)
             handed_over = False
             try:
-                chunk = self._append(len(token_ids), [answer.token_id])
-                yield chunk
+                if answer.prompt_logprobs:
+                    yield PromptLogprobs(logprobs=answer.prompt_logprobs)
+                own = [answer.logprobs] if answer.HasField("logprobs") else []
+                yield self._append(len(token_ids), [answer.token_id], own)
                 if self._transcript.finish is None:
                     timeout_s = self._deadline.remaining_s()
                     handed_over = True
@@ -209,10 +212,13 @@ class Session:
     async def _prefill(self, worker: Worker, token_ids: list[int]) -> PrefillResponse:
         self._called = worker
         self.report.prefill_worker = worker.worker_id
+        sampling = self._job.sampling
+        if self._transcript.token_ids:  # the prompt's log-probabilities came with the first of them
+            sampling = replace(sampling, prompt_logprobs=None)
         request = PrefillRequest(
             request_id=self._job.request_id,
             token_ids=token_ids,
-            sampling=self._job.sampling.to_proto(),
+            sampling=sampling.to_proto(),
             layout_fingerprint=worker.writable_layout,
             priority=self._job.priority,
             prompt_tokens=len(self._job.prompt),
@@ -260,7 +266,7 @@ class Session:
 
     def _take(self, event: DecodeResponse, worker: Worker) -> Chunk | None:
         if event.HasField("tokens"):
-            return self._append(event.tokens.position, event.tokens.token_ids)
+            return self._append(event.tokens.position, event.tokens.token_ids, event.tokens.logprobs)
         if event.HasField("finished"):
             if event.finished.reason == FinishReason.FINISH_REASON_UNSPECIFIED:
                 raise InternalError(f"decode worker {worker.worker_id} ended a sequence without a reason")
@@ -275,8 +281,8 @@ class Session:
                     async for _ in events:
                         pass
 
-    def _append(self, position: int, token_ids: Sequence[int]) -> Chunk:
-        chunk = self._transcript.append(position, token_ids)
+    def _append(self, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Chunk:
+        chunk = self._transcript.append(position, token_ids, logprobs)
         if chunk.token_ids:
             self.report.last_token_at_s = self._now()
             if self.report.first_token_at_s is None:

@@ -3,14 +3,14 @@
 Every token enters here exactly once, whichever worker made it; that is what makes a replay invisible.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zipserve.common.errors import InternalError
 from zipserve.router.detokenizer import Detokenizer
 from zipserve.router.job import Job
 from zipserve.router.stop import StopMatcher
-from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Chunk:
     """Index of the first token among the generated ones."""
     token_ids: tuple[int, ...]
     text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of each token, if they are asked for."""
 
     def __bool__(self) -> bool:
         return bool(self.token_ids or self.text)
@@ -55,12 +57,14 @@ class Transcript:
         """Tokens that may still be generated."""
         return self._job.max_tokens - len(self.token_ids)
 
-    def append(self, position: int, token_ids: Iterable[int]) -> Chunk:
+    def append(self, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
         """Takes the tokens that a worker made from `position` on; those after the end of the generation are dropped.
 
         Raises:
-            InternalError: they do not follow the tokens before them.
+            InternalError: they do not follow the tokens before them, or lack the log-probabilities that were asked for.
         """
+        if len(logprobs) != (len(token_ids) if self._job.sampling.logprobs is not None else 0):
+            raise InternalError(f"a worker sent log-probabilities of {len(logprobs)} for {len(token_ids)} tokens")
         if position != self.position:
             raise InternalError(f"a worker sent tokens from position {position} on, expected {self.position}")
         start = len(self.token_ids)
@@ -69,7 +73,8 @@ class Transcript:
             if self.finish is not None:
                 break
             text += self._append(token_id)
-        return Chunk(start, tuple(self.token_ids[start:]), text)
+        taken = tuple(self.token_ids[start:])
+        return Chunk(start, taken, text, tuple(logprobs[: len(taken)]))
 
     def end(self, reason: FinishReason.ValueType) -> Chunk:
         """Ends the generation at a worker's word, and returns the text still held back."""
