@@ -319,3 +319,28 @@ def test_without_a_compiler_the_reference_runs() -> None:
     found = case.run()
     for one, other in zip(found, case.run_reference(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_writes_the_rows_own_tokens_first(dtype: torch.dtype) -> None:
+    """From strided rows, to the last places of the open blocks and nowhere else, rounded as torch does."""
+    case = case_of(RawFormat(3, 24, 40, 16, dtype), 2, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    packed = torch.randn(6, 3 * (24 + 40), generator=generator)
+    fresh = (packed[:, : 3 * 24].unflatten(1, (3, 24)), packed[:, 3 * 24 :].unflatten(1, (3, 40)))
+    before = case.open_blocks
+    wanted = replace(before, keys=before.keys.clone(), values=before.values.clone())
+    slots, places = before.slots.long(), before.counts.long() - 1
+    wanted.keys[slots, :, places], wanted.values[slots, :, places] = (rows.to(dtype) for rows in fresh)
+    output, _ = decode_attention(case.query, case.sealed, case.open_blocks, case.first, scale=case.scale, fresh=fresh)
+    assert torch.equal(case.open_blocks.keys.nan_to_num(7), wanted.keys.nan_to_num(7))
+    assert torch.equal(case.open_blocks.values.nan_to_num(7), wanted.values.nan_to_num(7))
+    torch.testing.assert_close(output, case.run_reference()[0], rtol=0, atol=ATTENTION_CPU)
+
+
+def test_queries_may_be_a_view() -> None:
+    case = case_of(ZipFormat(3, 64, 64, 128, "4/32"), 2)
+    wanted = case.run()[0]
+    rows = torch.cat((case.query.flatten(1), torch.full((6, 5), torch.nan)), 1)
+    view = rows[:, :-5].unflatten(1, tuple(case.query.shape[1:]))
+    assert torch.equal(replace(case, query=view).run()[0], wanted)

@@ -26,6 +26,13 @@ static inline float from_half(half x) {
     return float_from(bits_of(magnitude) | (uint32_t)(x & 0x8000) << 16);
 }
 
+// bfloat16, rounded likewise.
+static inline half to_bfloat(float x) {
+    const uint32_t bits = bits_of(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;  // NaN
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
 // Rounds to the nearest, to the even one of two.
 static inline half to_half(float x) {
     const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffff, sign = bits >> 16 & 0x8000;

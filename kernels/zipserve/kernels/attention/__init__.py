@@ -4,9 +4,7 @@ Nothing is dequantized: the key channels' widths are folded into the query once 
 softmax weights, and codes are multiplied as they are. Grouped-query, windows, softcap and sink logits included.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
@@ -15,8 +13,6 @@ from zipserve.kernels.attention.reference import decode_attention_reference
 from zipserve.kernels.zipformat import ZipFormat
 
 __all__ = ["OpenBlocks", "RawFormat", "SealedBlocks", "decode_attention", "decode_attention_reference"]
-
-Attend: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,7 @@ def decode_attention(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
     with_weights: bool = False,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of one query per row.
 
@@ -104,11 +101,20 @@ def decode_attention(
         softcap: scores s become softcap * tanh(s / softcap).
         sink_logits: [heads]: one more logit per head that takes part in the softmax and has no value.
         with_weights: also return the softmax weights of the open block.
+        fresh: keys [rows, kv_heads, key_dim] and values [rows, kv_heads, value_dim] of the rows' own tokens, which are
+            written to the last places of the open blocks first; None: they stand there.
 
     Returns:
         float32 [rows, heads, value_dim]; and float32 [rows, block_tokens]: the weight of each token of the open block,
         mean over heads, 0 behind its last token. None without `with_weights`.
     """
+    if runs_on_cpu(query, sealed, open_blocks):
+        return decode_attention_cpu(
+            query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
+            with_weights=with_weights, fresh=fresh,
+        )  # fmt: skip
+    if fresh is not None:
+        _append(open_blocks, fresh)
     if query.is_cuda:
         from zipserve.kernels.attention.triton_kernel import decode_attention_triton  # noqa: PLC0415  a CPU needs no Triton
 
@@ -116,8 +122,13 @@ def decode_attention(
             query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
             with_weights=with_weights,
         )  # fmt: skip
-    attend: Attend = decode_attention_cpu if runs_on_cpu(query, sealed, open_blocks) else decode_attention_reference
-    return attend(
+    return decode_attention_reference(
         query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
         with_weights=with_weights,
     )  # fmt: skip
+
+
+def _append(open_blocks: OpenBlocks, fresh: tuple[torch.Tensor, torch.Tensor]) -> None:
+    slots, places = open_blocks.slots.long(), open_blocks.counts.long() - 1
+    for blocks, rows in zip((open_blocks.keys, open_blocks.values), fresh, strict=True):
+        blocks[slots, :, places] = rows.to(blocks.dtype)

@@ -89,11 +89,35 @@ static int64_t lay_out(Plan *plan, char *memory, int64_t items) {
     return size;
 }
 
+static void store_as(int type, const float *source, int dim, uint8_t *target) {
+    if (type == FLOAT32) {
+        memcpy(target, source, dim * sizeof *source);
+        return;
+    }
+    half *halves = (half *)target;
+    for (int c = 0; c < dim; c++) halves[c] = type == FLOAT16 ? to_half(source[c]) : to_bfloat(source[c]);
+}
+
+// A row's new token, to the last place of its open block.
+static void append(const Attention *a, int row) {
+    const struct zip_format *form = a->form;
+    const int64_t width = a->open_type == FLOAT32 ? 4 : 2, token = a->open_counts[row] - 1, slot = a->slots[row];
+    for (int head = 0; head < form->kv_heads; head++) {
+        uint8_t *key = (uint8_t *)a->open_keys + slot * a->open_key_strides[0] + head * a->open_key_strides[1];
+        uint8_t *value = (uint8_t *)a->open_values + slot * a->open_value_strides[0] + head * a->open_value_strides[1];
+        store_as(a->open_type, a->fresh_keys + row * a->fresh_key_strides[0] + head * a->fresh_key_strides[1],
+                 form->key_dim, key + token * width * form->key_dim);
+        store_as(a->open_type, a->fresh_values + row * a->fresh_value_strides[0] + head * a->fresh_value_strides[1],
+                 form->value_dim, value + token * width * form->value_dim);
+    }
+}
+
 static void prepare_query(const Plan *plan, int64_t index) {
     const Attention *a = plan->a;
     const int dim = a->form->key_dim;
+    const float *given = a->query + index / a->heads * a->query_strides[0] + index % a->heads * a->query_strides[1];
     float *query = plan->queries + index * plan->key_stride, *rotated = plan->rotated + index * plan->key_stride;
-    for (int c = 0; c < plan->key_stride; c++) query[c] = c < dim ? a->query[index * dim + c] * a->scale : 0;
+    for (int c = 0; c < plan->key_stride; c++) query[c] = c < dim ? given[c] * a->scale : 0;
     if (a->form->content == ZIPPED) rotate_row_into(rotated, query, a->form->key_factors, dim, 0);
 }
 
@@ -223,6 +247,8 @@ int zs_attention(const Attention *a) {
 #pragma omp parallel num_threads(a->threads) if (products(a) > WAKING_PRODUCTS)
     {
         float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
+#pragma omp for schedule(static) nowait
+        for (int row = 0; row < (a->fresh_keys ? a->rows : 0); row++) append(a, row);
 #pragma omp for schedule(static)
         for (int64_t index = 0; index < queries; index++) prepare_query(&plan, index);
 #pragma omp for schedule(dynamic) nowait

@@ -18,6 +18,7 @@
 typedef struct {
     const struct zip_format *form;
     const float *query;  // [rows, heads, key_dim]
+    const float *fresh_keys, *fresh_values;  // [rows, kv_heads, dim]: to be written to the open blocks, or NULL
     const uint8_t *sealed;
     const int32_t *table, *counts, *starts;
     const uint8_t *sinks;
@@ -29,7 +30,8 @@ typedef struct {
     float *weights;            // [rows, block_tokens] or NULL
     int64_t sealed_stride, sinks_stride;
     int64_t table_stride;  // in elements
-    int64_t open_key_strides[2], open_value_strides[2];  // of slots, of heads
+    int64_t open_key_strides[2], open_value_strides[2];                      // of slots, of heads
+    int64_t query_strides[2], fresh_key_strides[2], fresh_value_strides[2];  // of rows, of heads; in elements
     int32_t rows, heads, open_type, threads;
     float scale, softcap;  // softcap 0: none
 } Attention;

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 class _Attention(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("form", "query", "sealed", "table", "counts", "starts")),
+        *((name, ctypes.c_void_p) for name in ("form", "query", "fresh_keys", "fresh_values")),
+        *((name, ctypes.c_void_p) for name in ("sealed", "table", "counts", "starts")),
         *((name, ctypes.c_void_p) for name in ("sinks", "sink_slabs", "open_keys", "open_values", "slots")),
         *((name, ctypes.c_void_p) for name in ("open_counts", "first", "sink_logits", "output", "weights")),
         *((name, ctypes.c_int64) for name in ("sealed_stride", "sinks_stride", "table_stride")),
         *((name, ctypes.c_int64 * 2) for name in ("open_key_strides", "open_value_strides")),
+        *((name, ctypes.c_int64 * 2) for name in ("query_strides", "fresh_key_strides", "fresh_value_strides")),
         *((name, ctypes.c_int32) for name in ("rows", "heads", "open_type", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
@@ -47,13 +49,15 @@ def decode_attention_cpu(
     softcap: float | None,
     sink_logits: torch.Tensor | None,
     with_weights: bool,
+    fresh: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See zipserve.kernels.attention.decode_attention; only where `runs_on_cpu`."""
     library = native.load()
     assert library is not None
     form, keys, values = sealed.form, open_blocks.keys, open_blocks.values
     rows, heads, _ = query.shape
-    query = query.float().contiguous()
+    query = _rows(query)
+    fresh_key, fresh_value = (None, None) if fresh is None else map(_rows, fresh)
     sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
     output = torch.empty(rows, heads, form.value_dim)
     weights = torch.empty(rows, form.block_tokens) if with_weights else None
@@ -64,6 +68,8 @@ def decode_attention_cpu(
     arguments = _Attention(
         ctypes.addressof(format_of(form)),
         query.data_ptr(),
+        None if fresh_key is None else fresh_key.data_ptr(),
+        None if fresh_value is None else fresh_value.data_ptr(),
         sealed.data.data_ptr(),
         table.data_ptr(),
         counts.data_ptr(),
@@ -83,6 +89,9 @@ def decode_attention_cpu(
         table.stride(0),
         (key_strides[0] * size, key_strides[1] * size),
         (value_strides[0] * size, value_strides[1] * size),
+        query.stride()[:2],
+        (0, 0) if fresh_key is None else fresh_key.stride()[:2],
+        (0, 0) if fresh_value is None else fresh_value.stride()[:2],
         rows,
         heads,
         TYPES[keys.dtype],
@@ -93,6 +102,12 @@ def decode_attention_cpu(
     if library.zs_attention(ctypes.byref(arguments)):
         raise MemoryError(f"attention of {rows} rows")
     return output, weights
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """As float32 with contiguous rows: itself, in nearly all cases."""
+    x = x.float()
+    return x if x.stride(2) == 1 else x.contiguous()
 
 
 def _int32(index: torch.Tensor) -> torch.Tensor:

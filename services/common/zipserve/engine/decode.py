@@ -43,10 +43,12 @@ class DecodeRows:
         self._sequences = sequences
         slots, offsets = [seq.slot for seq in sequences], [seq.length % size for seq in sequences]
         self._slots = _index(slots, cache)
-        self._offsets = _index(offsets, cache)
         self._open_slots = self._slots.int()
-        self._open_counts = self._offsets.int() + 1
-        self._starting = _index([slot for slot, offset in zip(slots, offsets, strict=True) if not offset], cache)
+        self._open_counts = _index(offsets, cache).int() + 1
+        starting = [slot for slot, offset in zip(slots, offsets, strict=True) if not offset]
+        if starting:
+            for part in (cache.open_keys, cache.open_values, cache.open_scores):
+                part[:, starting] = 0
         full = [seq for seq, offset in zip(sequences, offsets, strict=True) if offset == size - 1]
         self.full = [row for row, offset in enumerate(offsets) if offset == size - 1]
         """Rows whose block becomes full."""
@@ -55,6 +57,7 @@ class DecodeRows:
         self._full_sinks = _index([seq.sinks if seq.length < size else -1 for seq in full], cache)
         probes = set(probe_offsets(size)) if cache.codec.needs_scores else set()
         self._probing = _index([row for row, offset in enumerate(offsets) if offset in probes], cache)
+        self._is_probing = len(self._probing) > 0
         self._row_sinks = _index([seq.sinks for seq in sequences], cache).int()
         self._plans: dict[Visibility, _Plan] = {}
         self.refused: list[tuple[int, torch.Tensor]] = []
@@ -68,14 +71,7 @@ class DecodeRows:
         Args: as Attender.attend; returns [rows, heads, value_dim].
         """
         cache = self._cache
-        open_keys, open_values, open_scores = (
-            part[layer] for part in (cache.open_keys, cache.open_values, cache.open_scores)
-        )
-        if len(self._starting):
-            for part in (open_keys, open_values, open_scores):
-                part[self._starting] = 0
-        open_keys[self._slots, :, self._offsets] = key.transpose(0, 1)
-        open_values[self._slots, :, self._offsets] = value.transpose(0, 1)
+        open_keys, open_values = cache.open_keys[layer], cache.open_values[layer]
         plan = self._plan(scoring.visibility)
         output, weights = decode_attention(
             query.transpose(0, 1),
@@ -85,10 +81,11 @@ class DecodeRows:
             scale=scoring.scale,
             softcap=scoring.softcap,
             sink_logits=scoring.sinks,
-            with_weights=len(self._probing) > 0,
+            with_weights=self._is_probing,
+            fresh=(key.transpose(0, 1), value.transpose(0, 1)),
         )
         if weights is not None:
-            open_scores[self._slots[self._probing]] += weights[self._probing]
+            cache.open_scores[layer, self._slots[self._probing]] += weights[self._probing]
         if self.full:
             status = cache.codec.write_blocks(
                 layer,
@@ -96,7 +93,7 @@ class DecodeRows:
                 self._full_sinks,
                 open_keys[self._full_slots],
                 open_values[self._full_slots],
-                open_scores[self._full_slots],
+                cache.open_scores[layer, self._full_slots],
             )
             if status is not None:
                 self.refused.append((layer, status))

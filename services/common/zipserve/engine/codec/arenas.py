@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from zipserve.common.kv.layout import HEADER_BYTES, SLAB_ALIGNMENT_BYTES, Layout, SlabKind
+from zipserve.kernels import memory
 
 TORCH_DTYPES = {
     "float32": torch.float32,
@@ -61,6 +62,8 @@ def views(layout: Layout, kind: SlabKind, tokens: int, arena: torch.Tensor) -> d
 
 
 def _zeros(slabs: int, slab_bytes: int, device: torch.device | str) -> torch.Tensor:
-    memory = torch.zeros(slabs * slab_bytes + SLAB_ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
-    start = -memory.data_ptr() % SLAB_ALIGNMENT_BYTES
-    return memory[start : start + slabs * slab_bytes].view(slabs, slab_bytes)
+    if torch.device(device).type == "cpu":
+        return memory.allocate(slabs * slab_bytes).view(slabs, slab_bytes)
+    octets = torch.zeros(slabs * slab_bytes + SLAB_ALIGNMENT_BYTES, dtype=torch.uint8, device=device)
+    start = -octets.data_ptr() % SLAB_ALIGNMENT_BYTES
+    return octets[start : start + slabs * slab_bytes].view(slabs, slab_bytes)
