@@ -14,6 +14,7 @@ from zipserve.common.kv.layout import CODECS, HEADER_BYTES, SLAB_ALIGNMENT_BYTES
 from zipserve.common.sampling import Sampling
 from zipserve.common.transport import ArenaInfo, Range, Transport
 from zipserve.common.transport.nixl import NixlTransport
+from zipserve.decode.scheduler import Place
 from zipserve.engine.cache import KvCache
 from zipserve.engine.codec import Arenas, codec_for
 from zipserve.engine.device import WorkerSettings
@@ -97,7 +98,8 @@ async def test_blocks_survive_prefill_decode_and_a_store_bit_by_bit(cluster_work
     running = asyncio.create_task(pair.decode.events(prefilled))
     try:
         await gate.entered()  # everything is pulled and verified, and the sequence is in its first step
-        slabs = pair.decode.service.worker._running[0].reservation.slabs
+        (ticket,) = pair.decode.service.scheduler._tickets[Place.RUNNING]
+        slabs = ticket.slabs
         places = [*((SlabKind.SINKS, s) for s in slabs.sinks), *((SlabKind.BLOCK, s) for s in slabs.blocks[:2])]
         held = [bytes(pair.decode.service.device.slab_view(*place)) for place in places]
         assert [data[: len(part)] for data, part in zip(held, sent, strict=False)] == sent[:3]

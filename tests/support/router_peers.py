@@ -127,6 +127,9 @@ class Peer:
     async def drained(self) -> None:
         pass
 
+    def loops(self) -> list[asyncio.Task[None]]:
+        return []
+
     async def close(self) -> None:
         pass
 

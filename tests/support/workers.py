@@ -342,7 +342,7 @@ async def _load(channels: ChannelPool, address: str) -> Load:
 
 
 def _is_idle(load: Load) -> bool:
-    busy = (load.queued_requests, load.queued_tokens, load.running_requests, load.leases)
+    busy = (load.queued_requests, load.queued_tokens, load.running_requests, load.parked_requests, load.leases)
     pools = (
         (load.free_blocks, load.total_blocks),
         (load.free_tails, load.total_tails),

@@ -71,6 +71,9 @@ class StandIn:
     def begin_drain(self):
         pass
 
+    def loops(self):
+        return []
+
     async def drained(self):
         pass
 

@@ -1,4 +1,7 @@
-"""DecodeScheduler under any order of calls: first come first served, no slab twice, all slabs back in the end."""
+"""DecodeScheduler under any order of calls: nobody is overtaken, the first always goes on, everybody ends, no slab is
+lost."""
+
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -8,10 +11,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.common.kv.layout import Layout, SlabKind
 from zipserve.common.kv.pools import SlabPools
-from zipserve.decode.scheduler import DecodeScheduler, Reservation, Ticket
+from zipserve.decode.scheduler import DecodeScheduler, Place, Ticket
 
 BLOCK = 64
 KINDS = (SlabKind.BLOCK, SlabKind.TAIL, SlabKind.SINKS)
+QUEUE_REQUESTS_MAX, QUEUE_TOKENS_MAX = 4, 1200
 
 
 def pools_of(codec: str, blocks: int, tails: int, sinks: int) -> SlabPools:
@@ -19,8 +23,24 @@ def pools_of(codec: str, blocks: int, tails: int, sinks: int) -> SlabPools:
     return SlabPools(layout, blocks=blocks, tails=tails, sinks=sinks)
 
 
+def rank(ticket: Ticket[int]) -> tuple[int, int]:
+    return -ticket.priority, ticket.payload
+
+
+def scheduler_of(pools: SlabPools, slots: int, parked_bytes_max: int = 1 << 30) -> DecodeScheduler[int]:
+    """A parked token takes a byte."""
+    return DecodeScheduler(
+        pools,
+        slots=slots,
+        queue_requests_max=QUEUE_REQUESTS_MAX,
+        queue_tokens_max=QUEUE_TOKENS_MAX,
+        parked_bytes_max=parked_bytes_max,
+        parked_bytes=lambda tokens: tokens,
+    )
+
+
 class DecodeMachine(RuleBasedStateMachine):
-    """Sequences come, wait, hold slabs, drop their tail, and end, in any order; some are gone when their turn comes."""
+    """Sequences come, wait, get their KV, step together, are parked and brought back, and leave at any moment."""
 
     @initialize(
         codec=st.sampled_from(["raw", "zip-4/32"]),
@@ -28,124 +48,193 @@ class DecodeMachine(RuleBasedStateMachine):
         tails=st.integers(1, 3),
         sinks=st.integers(1, 3),
         slots=st.integers(1, 4),
+        parked_bytes_max=st.sampled_from([0, 300, 1 << 30]),
     )
-    def start(self, codec: str, blocks: int, tails: int, sinks: int, slots: int) -> None:
+    def begin(self, codec: str, blocks: int, tails: int, sinks: int, slots: int, parked_bytes_max: int) -> None:
         self.has_sinks = codec != "raw"
+        self.parked_bytes_max = parked_bytes_max
         self.pools = pools_of(codec, blocks, tails, sinks)
-        self.scheduler = DecodeScheduler(self.pools, slots=slots, queue_requests_max=4, queue_tokens_max=1200)
-        self.waiting: list[Ticket] = []
-        self.held: dict[int, tuple[Ticket, Reservation]] = {}
-        self.admitted: list[int] = []
+        self.scheduler = scheduler_of(self.pools, slots, parked_bytes_max)
+        self.here: list[Ticket[int]] = []
+        self.failed: list[Ticket[int]] = []
         self.count = 0
-        self.gone: set[int] = set()
 
-    @rule(pulled=st.integers(1, 320), new=st.integers(1, 320), gone=st.booleans())
-    def submit(self, pulled: int, new: int, gone: bool) -> None:
-        number, total = self.count, pulled + new
-        needed = total // BLOCK
+    def _at(self, *places: Place) -> list[Ticket[int]]:
+        return [ticket for ticket in self.here if ticket.place in places]
 
-        def on_reserved(reservation: Reservation) -> None:
-            self.admitted.append(number)
-            self.waiting = [other for other in self.waiting if other is not ticket]
-            self._check(ticket, reservation)
-            if number in self.gone:
-                self.scheduler.free(reservation)  # the caller went away in this very moment
-            else:
-                self.held[number] = (ticket, reservation)
+    def _on_admitted(self, ticket: Ticket[int]) -> None:
+        line = self._at(Place.WAITING, Place.PARKED)
+        assert all(rank(ticket) < rank(other) for other in line if other is not ticket), "somebody was overtaken"
+        assert self._missing(ticket) == [0, 0]
 
-        ticket = Ticket(pulled, total, on_reserved)
-        if gone:
-            self.gone.add(number)
-        queued = sum(other.total_tokens for other in self.waiting)
-        if needed > self.pools.blocks.count:
-            with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {needed} KV blocks"):
+    def _missing(self, ticket: Ticket[int]) -> list[int]:
+        missing = self.pools.missing(ticket.slabs, ticket.tokens)
+        return [missing[SlabKind.BLOCK], missing[SlabKind.SINKS]]
+
+    @rule(pulled=st.integers(1, 320), new=st.integers(1, 320), priority=st.integers(0, 1), local=st.booleans())
+    def submit(self, pulled: int, new: int, priority: int, local: bool) -> None:
+        total = pulled + new
+        tail_of = 0 if local else pulled
+        ticket: Ticket[int] = Ticket(pulled, total, self.count, self._on_admitted, priority, tail_of)
+        waiting = self._at(Place.WAITING)
+        queued = sum(other.total_tokens for other in waiting)
+        if total // BLOCK > self.pools.blocks.count:
+            with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {total // BLOCK} KV blocks"):
                 self.scheduler.submit(ticket)
-            return
-        if len(self.waiting) >= 4:
+        elif len(waiting) >= QUEUE_REQUESTS_MAX:
             with pytest.raises(OverloadedError, match="4 sequences wait, the limit is 4"):
                 self.scheduler.submit(ticket)
-            return
-        if self.waiting and queued + total > 1200:
+        elif waiting and queued + total > QUEUE_TOKENS_MAX:
             with pytest.raises(OverloadedError, match=f"of {queued} tokens wait and one of {total} came, the limit is"):
                 self.scheduler.submit(ticket)
-            return
-        self.count += 1
-        self.waiting.append(ticket)
-        self.scheduler.submit(ticket)
+        else:
+            self.count += 1
+            self.here.append(ticket)
+            self.scheduler.submit(ticket)
+            if ticket.place is Place.ADMITTED:
+                assert len(ticket.slabs.tails) == (not local and pulled % BLOCK > 0)
 
     @rule(data=st.data())
-    def cancel(self, data: st.DataObject) -> None:
-        if self.waiting:
-            ticket = data.draw(st.sampled_from(self.waiting))
-            self.waiting = [other for other in self.waiting if other is not ticket]
-            self.scheduler.cancel(ticket)
-            self.scheduler.cancel(ticket)
+    def joins(self, data: st.DataObject) -> None:
+        if admitted := self._at(Place.ADMITTED):
+            self._start(data.draw(st.sampled_from(admitted)))
+
+    def _start(self, ticket: Ticket[int]) -> None:
+        ticket.tokens += 1
+        self.scheduler.start(ticket)
+
+    @rule(steps=st.sampled_from([1, 10, 70]))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self._step()
+
+    def _step(self) -> None:
+        first = min(self._at(Place.RUNNING), key=rank, default=None)
+        while (victim := self.scheduler.victim()) is not None:
+            assert victim is not first, "the first one can always go on"
+            assert victim is max(self._at(Place.RUNNING), key=rank)
+            if self.scheduler.may_park(victim):
+                self.scheduler.park(victim)
+            else:
+                assert sum(t.tokens for t in self._at(Place.PARKED)) + victim.tokens > self.parked_bytes_max
+                self._leaves(victim)
+                self.failed.append(victim)
+        running = self._at(Place.RUNNING)
+        ready = self.scheduler.grow()
+        assert set(ready) == set(running) or (running == [first] and self._at(Place.ADMITTED)), "somebody was left out"
+        for ticket in ready:
+            assert self._missing(ticket) == [0, 0]
+            self.scheduler.free_tail(ticket)
+            if ticket.tokens == ticket.total_tokens:
+                self._leaves(ticket)
+            else:
+                ticket.tokens += 1
+
+    def _leaves(self, ticket: Ticket[int]) -> None:
+        self.here.remove(ticket)
+        self.scheduler.leave(ticket)
+        self.scheduler.leave(ticket)
+        assert (list(ticket.slabs), ticket.slot) == ([], -1)
 
     @rule(data=st.data())
-    def drop_tail(self, data: st.DataObject) -> None:
-        if self.held:
-            _, reservation = self.held[data.draw(st.sampled_from(sorted(self.held)))]
-            self.scheduler.free_tail(reservation)
-            self.scheduler.free_tail(reservation)
-            assert reservation.slabs.tails == []
-
-    @rule(data=st.data())
-    def end(self, data: st.DataObject) -> None:
-        if self.held:
-            ticket, reservation = self.held.pop(data.draw(st.sampled_from(sorted(self.held))))
-            self.scheduler.free(reservation)
-            self.scheduler.cancel(ticket)  # no longer waits: nothing happens
+    def leaves(self, data: st.DataObject) -> None:
+        if self.here:
+            self._leaves(data.draw(st.sampled_from(self.here)))
 
     @invariant()
     def books_balance(self) -> None:
         self.scheduler.check_integrity()
-        assert self.admitted == sorted(self.admitted), "somebody was overtaken"
-        assert self.scheduler.queued_requests == len(self.waiting)
-        reservations = [reservation for _, reservation in self.held.values()]
-        for allocator, held in (
-            *(
-                (allocator, [slab for r in reservations for slab in r.slabs.of(kind)])
-                for kind, allocator in zip(KINDS, (self.pools.blocks, self.pools.tails, self.pools.sinks), strict=True)
-            ),
-            (self.scheduler.slots, [r.slot for r in reservations]),
-        ):
+        counts = [len(self._at(place)) for place in (Place.WAITING, Place.RUNNING, Place.PARKED)]
+        scheduler = self.scheduler
+        assert [scheduler.queued_requests, scheduler.running_requests, scheduler.parked_requests] == counts
+        holders = self._at(Place.ADMITTED, Place.RUNNING)
+        for kind in KINDS:
+            held = [slab for ticket in holders for slab in ticket.slabs.of(kind)]
             assert len(set(held)) == len(held), "given out twice"
-            assert allocator.free + len(held) == allocator.count, "lost"
+        slots = [ticket.slot for ticket in holders]
+        assert len(set(slots)) == len(slots)
+        assert all(not list(ticket.slabs) for ticket in self.here if ticket not in holders)
+        assert self.scheduler.parked_bytes <= self.parked_bytes_max
 
     @invariant()
     def nobody_waits_without_need(self) -> None:
-        if self.waiting:
-            head = self.waiting[0]
-            needs = [*self._needs(head), 1]
-            pools = (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots)
-            free = [pool.free for pool in pools]
-            assert any(n > f for n, f in zip(needs, free, strict=True))
+        line = self._at(Place.WAITING, Place.PARKED)
+        if not line:
+            return
+        head = min(line, key=rank)
+        holders = self._at(Place.ADMITTED, Place.RUNNING)
+        room = sum(len(t.slabs.blocks) < t.total_tokens // BLOCK for t in holders)
+        room += head.tokens // BLOCK < head.total_tokens // BLOCK
+        full = head.tokens // BLOCK
+        needs = [full + room, 1 if head.tail_of % BLOCK else 0, 1 if full and self.has_sinks else 0, 1]
+        pools = (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots)
+        assert any(n > pool.free for n, pool in zip(needs, pools, strict=True))
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        while self.held:
-            _, reservation = self.held.pop(min(self.held))
-            self.scheduler.free(reservation)
-        assert not self.waiting, "somebody waits for ever"
+        patience = sum(ticket.total_tokens + 1 for ticket in self.here)
+        while self.here:
+            for ticket in self._at(Place.ADMITTED):
+                self._start(ticket)
+            self._step()
+            patience -= 1
+            assert patience >= 0, "somebody waits for ever"
         for allocator in (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots):
             assert allocator.free == allocator.count
-
-    def _check(self, ticket: Ticket, reservation: Reservation) -> None:
-        assert [len(reservation.slabs.of(kind)) for kind in KINDS] == self._needs(ticket)
-
-    def _needs(self, ticket: Ticket) -> list[int]:
-        """Slabs of each of KINDS."""
-        full = ticket.total_tokens // BLOCK
-        return [full, 1 if ticket.pulled_tokens % BLOCK else 0, 1 if full and self.has_sinks else 0]
+        assert self.parked_bytes_max <= 300 or not self.failed
 
 
 DecodeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestDecodeScheduler = DecodeMachine.TestCase
 
 
-def test_integrity_check_can_fail() -> None:
-    scheduler = DecodeScheduler(pools_of("raw", 1, 1, 1), slots=1, queue_requests_max=1, queue_tokens_max=1)
-    scheduler.queued_tokens = 1
-    with pytest.raises(AssertionError, match="queued_tokens"):
+def running(scheduler: DecodeScheduler[int], *tickets: Ticket[int]) -> None:
+    for ticket in tickets:
+        scheduler.submit(ticket)
+        assert ticket.place is Place.ADMITTED
+        scheduler.start(ticket)
+
+
+def ticket_of(payload: int, tokens: int, total: int, priority: int = 0) -> Ticket[int]:
+    return Ticket(tokens, total, payload, lambda _: None, priority)
+
+
+def test_the_youngest_of_the_lowest_priority_makes_room() -> None:
+    scheduler = scheduler_of(pools_of("raw", 8, 1, 1), slots=3)
+    old, young, dear = ticket_of(0, 63, 256), ticket_of(1, 63, 256), ticket_of(2, 63, 256, priority=1)
+    running(scheduler, old, young, dear)
+    for ticket in (old, young, dear):
+        ticket.tokens = 192
+    assert scheduler.victim() is young
+    scheduler.park(young)
+    assert scheduler.victim() is None
+    assert set(scheduler.grow()) == {old, dear}
+    assert (scheduler.parked_requests, scheduler.parked_bytes) == (1, 192)
+    scheduler.leave(dear)
+    assert young.place is Place.RUNNING, "there is room again"
+
+
+def test_a_parked_one_goes_before_newcomers() -> None:
+    scheduler = scheduler_of(pools_of("raw", 4, 1, 1), slots=3)
+    old, young = ticket_of(0, 63, 256), ticket_of(1, 63, 256)
+    running(scheduler, old, young)
+    old.tokens = young.tokens = 192
+    victim = scheduler.victim()
+    assert victim is young
+    scheduler.park(young)
+    newcomer = ticket_of(2, 1, 2)
+    scheduler.submit(newcomer)
+    scheduler.grow()
+    assert newcomer.place is Place.WAITING, "it would fit, but it is not its turn"
+    scheduler.leave(old)
+    assert (young.place, newcomer.place) == (Place.RUNNING, Place.ADMITTED)
+
+
+@pytest.mark.parametrize("what", ["slots", "blocks"])
+def test_integrity_check_can_fail(what: str) -> None:
+    scheduler = scheduler_of(pools_of("raw", 1, 1, 1), slots=1)
+    taken: Any = scheduler.slots if what == "slots" else scheduler.pools.blocks
+    taken.take(1)
+    with pytest.raises(AssertionError, match=r"hold slots|are held"):
         scheduler.check_integrity()

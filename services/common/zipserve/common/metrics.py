@@ -46,6 +46,11 @@ class Metrics:
         self.free_blocks = Gauge("zipserve_kv_blocks_free", "Slabs of the block arena free", registry=self.registry)
         self.queued_requests = Gauge("zipserve_queued_requests", "Requests waiting", registry=self.registry)
         self.running_requests = Gauge("zipserve_running_requests", "Requests being computed", registry=self.registry)
+        self.parked_requests = Gauge(
+            "zipserve_parked_requests", "Sequences whose KV is in host memory", registry=self.registry
+        )
+        self.parked_bytes = Gauge("zipserve_parked_bytes", "Host memory of parked sequences", registry=self.registry)
+        self.parkings = Counter("zipserve_parkings", "Sequences that had to make room", registry=self.registry)
         self.step_seconds = Histogram(
             "zipserve_step_seconds", "Time of one forward pass", buckets=_SECONDS, registry=self.registry
         )

@@ -1,5 +1,6 @@
 """Settings of the decode service."""
 
+from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from zipserve.engine.device import WorkerSettings
@@ -9,3 +10,7 @@ class DecodeSettings(WorkerSettings):
     """`--field value` or `ZIPSERVE_DECODE_<FIELD>`."""
 
     model_config = SettingsConfigDict(env_prefix="ZIPSERVE_DECODE_")
+
+    parked_bytes_max: int = Field(default=1 << 30, ge=0)
+    """Most host memory for sequences that had to make room for older ones, in bytes; one beyond fails, and is replayed
+    elsewhere."""

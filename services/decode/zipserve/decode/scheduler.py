@@ -1,35 +1,66 @@
 """Which sequences hold slabs, and which wait for them. Pure: no clock, no device, no I/O."""
 
-from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Generic, TypeVar
 
 from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.common.kv.allocator import SlabAllocator
+from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import SlabPools, Slabs
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Reservation:
-    """Everything that a sequence needs until its last token, so that it never has to stop halfway."""
 
-    slabs: Slabs
-    """Those of all tokens to come among them; the tail is only needed until it is unpacked."""
-    slot: int
+class Place(Enum):
+    """Where a sequence is."""
+
+    OUTSIDE = auto()
+    """Not yet submitted, or gone."""
+    WAITING = auto()
+    ADMITTED = auto()
+    """Holds its slabs and slot; its KV is being read into them."""
+    RUNNING = auto()
+    PARKED = auto()
+    """Was running; holds nothing now, and waits again."""
 
 
 @dataclass(eq=False)
-class Ticket:
-    """A place in the queue."""
+class Ticket(Generic[T]):
+    """A sequence's place, and what it holds."""
 
-    pulled_tokens: int
+    tokens: int
+    """Those that it must have room for: the ones it comes with, then always one more than it has."""
     total_tokens: int
-    """Pulled and generated tokens together, at most."""
-    on_reserved: Callable[[Reservation], None]
+    """All that it may ever have."""
+    payload: T
+    on_admitted: Callable[["Ticket[T]"], None]
+    """Called when it gets its slabs and slot, at first and after it was parked."""
+    priority: int = 0
+    """Higher goes first; first come, first served within."""
+    tail_of: int = 0
+    """Its length at the handoff; 0 when it comes without a tail slab to read."""
+    number: int = field(default=-1, init=False)
+    place: Place = field(default=Place.OUTSIDE, init=False)
+    slabs: Slabs = field(default_factory=Slabs, init=False)
+    slot: int = field(default=-1, init=False)
 
 
-class DecodeScheduler:
-    """Reserves slabs in order of arrival; the head of the queue is never overtaken."""
+def _rank(ticket: Ticket[T]) -> tuple[int, int]:
+    return -ticket.priority, ticket.number
+
+
+class DecodeScheduler(Generic[T]):
+    """Gives sequences slabs as they grow, by priority, then by arrival.
+
+    Who is admitted gets the slabs for the tokens that it comes with, when as many are left that everybody can grow by a
+    block. When they run out all the same, the last in rank is parked. Parked and waiting sequences stand in one line,
+    whose first is never overtaken. The first in rank of the running ones is never parked: it can always finish.
+
+    Args:
+        parked_bytes: host memory of a parked sequence of so many tokens.
+    """
 
     def __init__(
         self,
@@ -38,22 +69,45 @@ class DecodeScheduler:
         slots: int,
         queue_requests_max: int,
         queue_tokens_max: int,
+        parked_bytes_max: int,
+        parked_bytes: Callable[[int], int],
     ) -> None:
         self.pools = pools
         self.slots = SlabAllocator(slots, "slots")
         self._queue_requests_max = queue_requests_max
         self._queue_tokens_max = queue_tokens_max
-        self._queue: deque[Ticket] = deque()
-        self.queued_tokens = 0
-        """Tokens of all waiting sequences, generated ones included."""
+        self._parked_bytes_max = parked_bytes_max
+        self._bytes_of = parked_bytes
+        self._tickets: dict[Place, list[Ticket[T]]] = {place: [] for place in Place}
+        self._arrivals = 0
 
     @property
     def queued_requests(self) -> int:
-        """Waiting sequences."""
-        return len(self._queue)
+        """Sequences that wait and never ran."""
+        return len(self._tickets[Place.WAITING])
 
-    def submit(self, ticket: Ticket) -> None:
-        """Reserves for a sequence, now or later: calls `ticket.on_reserved`, perhaps before this returns.
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of those, generated ones included."""
+        return sum(ticket.total_tokens for ticket in self._tickets[Place.WAITING])
+
+    @property
+    def running_requests(self) -> int:
+        """Sequences in the batch."""
+        return len(self._tickets[Place.RUNNING])
+
+    @property
+    def parked_requests(self) -> int:
+        """Sequences that had to make room."""
+        return len(self._tickets[Place.PARKED])
+
+    @property
+    def parked_bytes(self) -> int:
+        """Host memory of those."""
+        return sum(self._bytes_of(ticket.tokens) for ticket in self._tickets[Place.PARKED])
+
+    def submit(self, ticket: Ticket[T]) -> None:
+        """Admits a sequence, now or later: calls `ticket.on_admitted`, perhaps before this returns.
 
         Raises:
             InvalidRequestError: it could never be held here.
@@ -66,48 +120,112 @@ class DecodeScheduler:
                 f"this worker has {self.pools.blocks.count}",
                 field="max_new_tokens",
             )
-        if len(self._queue) >= self._queue_requests_max:
-            raise OverloadedError(f"{len(self._queue)} sequences wait, the limit is {self._queue_requests_max}")
-        if self._queue and self.queued_tokens + ticket.total_tokens > self._queue_tokens_max:
+        if self.queued_requests >= self._queue_requests_max:
+            raise OverloadedError(f"{self.queued_requests} sequences wait, the limit is {self._queue_requests_max}")
+        if self.queued_requests and self.queued_tokens + ticket.total_tokens > self._queue_tokens_max:
             raise OverloadedError(
                 f"sequences of {self.queued_tokens} tokens wait and one of {ticket.total_tokens} came, "
                 f"the limit is {self._queue_tokens_max}"
             )
-        self._queue.append(ticket)
-        self.queued_tokens += ticket.total_tokens
+        self._arrivals += 1
+        ticket.number = self._arrivals
+        self._move(ticket, Place.WAITING)
         self._admit()
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Takes a sequence out of the queue; nothing happens when it is not waiting there (any more)."""
-        if ticket in self._queue:
-            self._queue.remove(ticket)
-            self.queued_tokens -= ticket.total_tokens
+    def start(self, ticket: Ticket[T]) -> None:
+        """An admitted sequence has its KV and joins the batch."""
+        self._move(ticket, Place.RUNNING)
+
+    def leave(self, ticket: Ticket[T]) -> None:
+        """Frees all that a sequence holds, wherever it is; nothing happens when it has left."""
+        if ticket.place is not Place.OUTSIDE:
+            self._free(ticket)
+            self._move(ticket, Place.OUTSIDE)
             self._admit()
 
-    def free_tail(self, reservation: Reservation) -> None:
-        """Frees the tail slab of a reservation, after it was unpacked or in the end; once only counts."""
-        if self.pools.give_back_tail(reservation.slabs):
+    def free_tail(self, ticket: Ticket[T]) -> None:
+        """Frees the tail slab of a sequence, after it was unpacked; once only counts."""
+        if self.pools.give_back_tail(ticket.slabs):
             self._admit()
 
-    def free(self, reservation: Reservation) -> None:
-        """Frees all of a reservation."""
-        self.pools.give_back(reservation.slabs)
-        self.slots.give_back([reservation.slot])
+    def victim(self) -> Ticket[T] | None:
+        """Who must be parked, or leave, so that the others can grow; None when they can."""
+        running = self._tickets[Place.RUNNING]
+        kinds = (SlabKind.BLOCK, SlabKind.SINKS)
+        missing = [self.pools.missing(ticket.slabs, ticket.tokens) for ticket in running]
+        if len(running) < 2 or all(sum(m[kind] for m in missing) <= self.pools.free(kind) for kind in kinds):
+            return None
+        return max(running, key=_rank)
+
+    def may_park(self, ticket: Ticket[T]) -> bool:
+        """Whether there is host memory for a sequence."""
+        return self.parked_bytes + self._bytes_of(ticket.tokens) <= self._parked_bytes_max
+
+    def park(self, ticket: Ticket[T]) -> None:
+        """Takes slabs and slot of a running sequence, whose KV was copied out; it stands in line for them again."""
+        self._free(ticket)
+        self._move(ticket, Place.PARKED)
+
+    def grow(self) -> list[Ticket[T]]:
+        """Gives all running sequences what their next step needs, and returns them; to be called without a `victim`.
+
+        The only one that runs may be missing: when its slabs are held by sequences that are not running yet.
+        """
+        ready = [t for t in self._tickets[Place.RUNNING] if self.pools.try_extend(t.slabs, t.tokens)]
         self._admit()
+        return ready
 
     def _admit(self) -> None:
-        while self._queue:
-            ticket = self._queue[0]
-            slabs = self.pools.try_take(ticket.total_tokens, tail_of=ticket.pulled_tokens) if self.slots.free else None
-            if slabs is None:
+        while line := [*self._tickets[Place.PARKED], *self._tickets[Place.WAITING]]:
+            ticket = min(line, key=_rank)
+            if not self._try_hold(ticket):
                 return
-            self._queue.popleft()
-            self.queued_tokens -= ticket.total_tokens
-            ticket.on_reserved(Reservation(slabs, self.slots.take(1)[0]))
+            self._move(ticket, Place.RUNNING if ticket.place is Place.PARKED else Place.ADMITTED)
+            ticket.on_admitted(ticket)
+
+    def _try_hold(self, ticket: Ticket[T]) -> bool:
+        blocks = self.pools.sealed_blocks
+        holders = [*self._tickets[Place.ADMITTED], *self._tickets[Place.RUNNING]]
+        reserve = sum(len(holder.slabs.blocks) < blocks(holder.total_tokens) for holder in holders)
+        reserve += blocks(ticket.tokens) < blocks(ticket.total_tokens)
+        if not self.slots.free or blocks(ticket.tokens) + reserve > self.pools.blocks.free:
+            return False
+        if not self.pools.try_extend(ticket.slabs, ticket.tokens, ticket.tail_of):
+            return False
+        ticket.slot = self.slots.take(1)[0]
+        ticket.tail_of = 0
+        return True
+
+    def _free(self, ticket: Ticket[T]) -> None:
+        self.pools.give_back(ticket.slabs)
+        if ticket.slot >= 0:
+            self.slots.give_back([ticket.slot])
+            ticket.slot = -1
+
+    def _move(self, ticket: Ticket[T], place: Place) -> None:
+        if ticket.place is not Place.OUTSIDE:
+            self._tickets[ticket.place].remove(ticket)
+        if place is not Place.OUTSIDE:
+            self._tickets[place].append(ticket)
+        ticket.place = place
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
         self.pools.check_integrity()
         self.slots.check_integrity()
-        if self.queued_tokens != sum(ticket.total_tokens for ticket in self._queue):
-            raise AssertionError("queued_tokens does not match the queue")
+        holders = self._tickets[Place.ADMITTED] + self._tickets[Place.RUNNING]
+        if self.slots.count - self.slots.free != len(holders):
+            raise AssertionError(f"{len(holders)} sequences hold slots, {self.slots.free} are free")
+        _check_held(holders, self.pools)
+
+
+def _check_held(holders: Iterable[Ticket[T]], pools: SlabPools) -> None:
+    held = [slab for ticket in holders for slab in ticket.slabs]
+    for kind, allocator in (
+        (SlabKind.BLOCK, pools.blocks),
+        (SlabKind.TAIL, pools.tails),
+        (SlabKind.SINKS, pools.sinks),
+    ):
+        count = sum(of is kind for of, _ in held)
+        if allocator.count - allocator.free != count:
+            raise AssertionError(f"{count} slabs of {kind.name} are held, {allocator.free} of {allocator.count} free")

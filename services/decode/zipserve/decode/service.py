@@ -1,9 +1,12 @@
 """Puts the decode service together and gives it its life cycle."""
 
 import asyncio
+from contextlib import suppress
+from functools import partial
 
 import grpc
 
+from zipserve.common.errors import ZipserveError
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView
@@ -14,8 +17,10 @@ from zipserve.common.transport.nixl import NixlTransport
 from zipserve.decode.config import DecodeSettings
 from zipserve.decode.scheduler import DecodeScheduler
 from zipserve.decode.servicer import DecodeServicer
+from zipserve.decode.stream import Stream
 from zipserve.decode.worker import DecodeWorker
 from zipserve.engine.device import Device
+from zipserve.engine.parking import parked_bytes
 from zipserve.v1 import decode_service_pb2_grpc
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
@@ -52,11 +57,13 @@ class DecodeService:
             channels=self._channels,
             metrics=self.metrics,
         )
-        self.scheduler = DecodeScheduler(
+        self.scheduler: DecodeScheduler[Stream] = DecodeScheduler(
             SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks),
             slots=settings.sequences_max,
             queue_requests_max=settings.queue_requests_max,
             queue_tokens_max=settings.queue_tokens_max,
+            parked_bytes_max=settings.parked_bytes_max,
+            parked_bytes=partial(parked_bytes, device.layout),
         )
         self.worker = DecodeWorker(device, self.scheduler, self.puller, self.metrics)
         self._tasks = [
@@ -76,7 +83,8 @@ class DecodeService:
         return Load(
             queued_requests=self.scheduler.queued_requests,
             queued_tokens=self.scheduler.queued_tokens,
-            running_requests=self.worker.running_requests,
+            running_requests=self.scheduler.running_requests,
+            parked_requests=self.scheduler.parked_requests,
             draining=self.worker.draining,
             **self.scheduler.pools.levels(),
         )
@@ -86,6 +94,9 @@ class DecodeService:
 
     async def drained(self) -> None:
         await self.worker.drained()
+
+    def loops(self) -> list[asyncio.Task[None]]:
+        return self._tasks
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -100,5 +111,6 @@ class DecodeService:
 
     async def _connect_early(self, registry: RegistryView) -> None:
         while True:
-            await self.puller.connect_early(registry.workers(WorkerRole.WORKER_ROLE_PREFILL))
+            with suppress(ZipserveError):  # a pull that needs the connection will say so
+                await self.puller.connect_early(registry.workers(WorkerRole.WORKER_ROLE_PREFILL))
             await registry.wait_for_change(self._settings.heartbeat_s * 4)

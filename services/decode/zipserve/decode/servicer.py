@@ -8,7 +8,8 @@ from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import Sampling
-from zipserve.decode.worker import Continuation, DecodeWorker, Finish, Stream
+from zipserve.decode.stream import Continuation, Finish, Stream
+from zipserve.decode.worker import DecodeWorker
 from zipserve.engine.device import Device
 from zipserve.engine.sampling import Drawn, Sampler
 from zipserve.v1 import decode_service_pb2, decode_service_pb2_grpc
@@ -74,6 +75,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             ),
             max_new_tokens=request.max_new_tokens,
             stop_token_ids=frozenset(request.stop_token_ids),
+            priority=request.priority,
         )
 
 

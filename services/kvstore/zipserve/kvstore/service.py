@@ -1,5 +1,6 @@
 """Puts the KV store together and gives it its life cycle."""
 
+import asyncio
 import secrets
 
 import grpc
@@ -45,6 +46,9 @@ class KvStoreService:
 
     async def drained(self) -> None:
         """No work outlives a call."""
+
+    def loops(self) -> "list[asyncio.Task[None]]":
+        return []
 
     async def close(self) -> None:
         """Nothing is held."""

@@ -84,6 +84,9 @@ class PrefillService:
     async def drained(self) -> None:
         await self.worker.drained()
 
+    def loops(self) -> list[asyncio.Task[None]]:
+        return self._tasks
+
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()

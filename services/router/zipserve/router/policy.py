@@ -32,6 +32,7 @@ class Worker:
     queued_requests: int = 0
     queued_tokens: int = 0
     running_requests: int = 0
+    parked_requests: int = 0
     free_blocks: int = 0
     eos_token_ids: frozenset[int] = frozenset()
 
@@ -139,7 +140,8 @@ def _pair_score(pair: Pair, in_flight: InFlight, failed: Collection[WorkerKey]) 
 
 
 def _decode_score(worker: Worker, in_flight: InFlight) -> tuple[int, int, int, str]:
-    requests = max(worker.running_requests + worker.queued_requests, in_flight.decode_requests[worker.key])
+    here = worker.running_requests + worker.queued_requests + worker.parked_requests
+    requests = max(here, in_flight.decode_requests[worker.key])
     return requests, -worker.free_blocks, in_flight.last_pick(worker), worker.worker_id
 
 

@@ -73,6 +73,10 @@ class RouterService:
             await self._frontend.idle()
             await self._workers.settled()
 
+    def loops(self) -> list[asyncio.Task[None]]:
+        """None: every request runs in its own call."""
+        return []
+
     async def close(self) -> None:
         """Closes channels and the registry."""
         await self._resources.aclose()

@@ -114,6 +114,7 @@ def _plain(record: WorkerRecord) -> Worker:
         queued_requests=load.queued_requests,
         queued_tokens=load.queued_tokens,
         running_requests=load.running_requests,
+        parked_requests=load.parked_requests,
         free_blocks=load.free_blocks,
         eos_token_ids=frozenset(facts.eos_token_ids),
     )

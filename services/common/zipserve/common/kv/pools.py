@@ -48,15 +48,31 @@ class SlabPools:
         Args:
             tail_of: its length at the handoff; a tail slab is needed unless that is a block's end.
         """
+        slabs = Slabs()
+        return slabs if self.try_extend(slabs, tokens, tail_of) else None
+
+    def try_extend(self, slabs: Slabs, tokens: int, tail_of: int = 0) -> bool:
+        """Adds to what a sequence holds all that it needs for `tokens` tokens, or nothing; whether it has that now."""
+        missing = self.missing(slabs, tokens, tail_of)
+        if any(count > self._pools[kind].free for kind, count in missing.items()):
+            return False
+        for kind, count in missing.items():
+            slabs.of(kind).extend(self._pools[kind].take(count))
+        return True
+
+    def missing(self, slabs: Slabs, tokens: int, tail_of: int = 0) -> dict[SlabKind, int]:
+        """What a sequence needs for `tokens` tokens beyond what it holds, by kind."""
         blocks = self.sealed_blocks(tokens)
         needed = {
             SlabKind.SINKS: int(self._layout.has_sinks and blocks > 0),
             SlabKind.BLOCK: blocks,
             SlabKind.TAIL: int(tail_of % self._layout.block_tokens > 0),
         }
-        if any(count > self._pools[kind].free for kind, count in needed.items()):
-            return None
-        return Slabs(*(self._pools[kind].take(count) for kind, count in needed.items()))
+        return {kind: max(0, count - len(slabs.of(kind))) for kind, count in needed.items()}
+
+    def free(self, kind: SlabKind) -> int:
+        """Slabs of a kind that nobody holds."""
+        return self._pools[kind].free
 
     def generation(self, kind: SlabKind, slab: int) -> int:
         """Generation of a slab that is held."""

@@ -3,7 +3,7 @@
 import asyncio
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grpc
@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from zipserve.common import log
+from zipserve.common.errors import InternalError
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryWriter
 from zipserve.common.rpc import Context
@@ -44,6 +45,9 @@ class Service(Protocol):
     async def drained(self) -> None:
         """Returns when no work is left: streams finished, slabs pulled or given up."""
 
+    def loops(self) -> Sequence["asyncio.Task[None]"]:
+        """Background tasks that never end by themselves; when one does, the service is over."""
+
     async def close(self) -> None:
         """Frees everything. Called also when `start` failed or draining took too long."""
 
@@ -74,6 +78,7 @@ async def serve(
 
     Raises:
         OSError: the address to listen on is taken.
+        InternalError: a background task of the service has ended; it can serve no more.
     """
     server = grpc.aio.server(
         interceptors=[ServiceInterceptor(service.metrics)],
@@ -123,7 +128,7 @@ async def _serve_started(
         _log.info("service.ready", address=address)
         if on_ready is not None:
             on_ready(address)
-        await shutdown.wait()
+        await _until_shutdown(shutdown, service.loops())
         started_s = time.monotonic()
         service.begin_drain()
         await checks.enter_graceful_shutdown()
@@ -135,6 +140,18 @@ async def _serve_started(
             drained = False
         _log.info("service.drained", complete=drained, seconds=round(time.monotonic() - started_s, 3))
     await server.stop(grace=1.0)
+
+
+async def _until_shutdown(shutdown: asyncio.Event, loops: Sequence["asyncio.Task[None]"]) -> None:
+    stopping = asyncio.create_task(shutdown.wait(), name="shutdown")
+    try:
+        await asyncio.wait({stopping, *loops}, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+    for loop in loops:
+        if loop.done():
+            error = None if loop.cancelled() else loop.exception()
+            raise InternalError(f"the service's {loop.get_name()} has ended, it can serve no more") from error
 
 
 def stop_on_signals(shutdown: asyncio.Event) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from redis.exceptions import RedisError
 
@@ -33,6 +33,7 @@ from zipserve.common.rpc.status import client_errors
 from zipserve.common.transport import ArenaInfo, Range, Transport
 from zipserve.v1 import kv_pb2, kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
 
+T = TypeVar("T")
 _log = log.get()
 _RPC_TIMEOUT_S = 5.0
 _LAST_TRY_TIMEOUT_S = 0.5
@@ -289,7 +290,7 @@ class HeldLease:
             raise DeadlineError("the deadline passed while a lease was to be confirmed") from error
         if self._lost.done():
             self._lost.result()
-        stats = await self._while_alive(self._puller.pull(self._claims, local_slabs, deadline))
+        stats = await self.while_alive(self._puller.pull(self._claims, local_slabs, deadline))
         if not await self._release(deadline.remaining_s(_RPC_TIMEOUT_S)):
             raise LeaseExpiredError(f"the lease of {self._claims.worker_id} expired during the read")
         return stats
@@ -306,19 +307,23 @@ class HeldLease:
         if not self._released:
             await self._release(_LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S)
 
-    async def _while_alive(self, pulling: Coroutine[Any, Any, PullStats]) -> PullStats:
-        """Waits for a pull, but not for longer than the lease lives: a peer that is lost may never deliver."""
-        pull = asyncio.create_task(pulling, name="pull")
+    async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for something, but not for longer than the lease lives: a peer that is lost may never deliver.
+
+        Raises:
+            LeaseExpiredError, WorkerLostError, IncarnationError: the lease is lost, and `work` has ended, cancelled.
+        """
+        task = asyncio.create_task(work, name="while-lease-is-alive")
         try:
-            await asyncio.wait({pull, self._lost}, return_when=asyncio.FIRST_COMPLETED)
-            return pull.result() if pull.done() else self._lost.result()
+            await asyncio.wait({task, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            return task.result() if task.done() else self._lost.result()
         finally:
-            pull.cancel()
-            while not pull.done():  # the slabs are not free before the read has ended, even if we are cancelled again
+            task.cancel()
+            while not task.done():  # slabs are not free before their read has ended, even if we are cancelled again
                 with suppress(asyncio.CancelledError):
-                    await asyncio.wait({pull})
-            if not pull.cancelled():
-                pull.exception()  # it may have failed together with the lease: seen
+                    await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # it may have failed together with the lease: seen
 
     async def _release(self, timeout_s: float) -> bool:
         """True unless the peer said that the lease had expired; a dead peer is no reason to discard verified bytes."""
