@@ -8,6 +8,7 @@ from zipserve.common.errors import ZipserveError
 
 BENCHMARKS = {
     "quality": "what each KV codec costs: KL, perplexity, agreement, retrieval, and bits",
+    "engine": "decode steps and prefill beside rivals and the machine's limits",
     "kernels": "operations on KV blocks beside references, SDPA and the memory's bandwidth",
     "claims": "ZipCache's claims about latency and size, side by side on a served model",
 }

@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 FLAGS = (
@@ -32,31 +33,40 @@ def load() -> ctypes.CDLL | None:
     Raises:
         subprocess.CalledProcessError: the compiler refused our source.
     """
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
-        return None
     folder = Path(__file__).parent
-    sources = sorted(folder.glob("*/*.c"))
-    key = hashlib.sha256(" ".join((*FLAGS, compiler, _cpu())).encode())
-    for part in [*sources, *sorted(folder.glob("**/*.h"))]:
-        key.update(part.read_bytes())
-    library = cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
-    if not library.exists():
-        _build(compiler, sources, library)
-    kernels = ctypes.CDLL(str(library))
-    for name in ("zs_gemm_scratch", "zs_decoder_scratch"):
-        getattr(kernels, name).restype = ctypes.c_int64
+    kernels = library(sorted(folder.glob("*/*.c")), sorted(folder.glob("**/*.h")))
+    if kernels is not None:
+        for name in ("zs_gemm_scratch", "zs_decoder_scratch"):
+            getattr(kernels, name).restype = ctypes.c_int64
     return kernels
 
 
-def _build(compiler: str, sources: list[Path], library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=library.parent, suffix=".so", delete=False) as target:
+def library(sources: Sequence[Path], headers: Sequence[Path] = ()) -> ctypes.CDLL | None:
+    """C files as one library for this CPU, built unless that has been done; None where no C compiler exists.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler refused the source.
+    """
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    key = hashlib.sha256(" ".join((*FLAGS, compiler, _cpu())).encode())
+    for part in [*sources, *headers]:
+        key.update(part.read_bytes())
+    built = cache_dir() / "kernels" / f"{key.hexdigest()[:24]}.so"
+    if not built.exists():
+        _build(compiler, sources, built)
+    return ctypes.CDLL(str(built))
+
+
+def _build(compiler: str, sources: Sequence[Path], wanted: Path) -> None:
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=wanted.parent, suffix=".so", delete=False) as target:
         built = Path(target.name)
     try:
         include = f"-I{Path(__file__).parent}"
         subprocess.run([compiler, *FLAGS, include, "-o", built, *sources, "-lm"], check=True, capture_output=True)
-        built.rename(library)  # atomic: another process that builds the same sees all or nothing
+        built.rename(wanted)  # atomic: another process that builds the same sees all or nothing
     finally:
         built.unlink(missing_ok=True)
 

@@ -10,17 +10,15 @@ from unittest import mock
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from zipserve.bench import report
+from zipserve.bench import report, rows
 from zipserve.bench.claims.rivals import decoded_first, full_scores
 from zipserve.bench.report import Check
+from zipserve.bench.rows import Rows
 from zipserve.bench.timing import Timing, interleaved
 from zipserve.common import models
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, SlabKind
 from zipserve.engine import loader
-from zipserve.engine.cache import KvCache
-from zipserve.engine.engine import Engine
 from zipserve.engine.model import LoadedModel
-from zipserve.engine.sequence import Segment, Sequence
 from zipserve.kernels.saliency import probe_scores
 
 PREFILL_GAIN = 0.373
@@ -56,8 +54,8 @@ def run(options: argparse.Namespace) -> int:
     decode = _decode(model, options.codec, tokens, options.batch or (2 if options.quick else 8), rounds)
     report.progress("decode")
     timings = {**prefill, **decode}
-    rows = [(name, *(f"{s * 1e3:.1f} ms" for s in asdict(timing).values())) for name, timing in timings.items()]
-    print(report.table(("step", "median", "p10", "p90"), rows), end="\n\n")
+    lines = [(name, *(f"{s * 1e3:.1f} ms" for s in asdict(timing).values())) for name, timing in timings.items()]
+    print(report.table(("step", "median", "p10", "p90"), lines), end="\n\n")
     own, raw = model.layout(codec=options.codec), model.layout(codec="raw")
     values = own.kv_heads * (own.key_dim + own.value_dim) * own.layers * own.block_tokens
     decides = not options.quick
@@ -82,18 +80,9 @@ def _saved(timings: dict[str, Timing], ours: str, theirs: str) -> float:
     return 1 - timings[ours].median_s / timings[theirs].median_s
 
 
-def _engine(model: LoadedModel, codec: str, tokens: int, rows: int) -> Engine:
-    layout = model.layout(codec=codec)
-    return Engine(model, KvCache(layout, rows * layout.blocks_for(tokens + 64), 0, rows))
-
-
-def _ids(model: LoadedModel, tokens: int) -> list[int]:
-    return torch.randint(model.vocab_tokens, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-
-
 def _prefill(model: LoadedModel, codec: str, tokens: int, rounds: int) -> tuple[dict[str, Timing], float]:
     """Timings, and the share of a prefill that saliency and quantization take."""
-    engine, ids = _engine(model, codec, tokens, 1), _ids(model, tokens)
+    engine, ids = rows.engine(model, codec, tokens, 1), rows.prompt(model.vocab_tokens, tokens)
     spent: list[float] = []
 
     def prefill() -> None:
@@ -102,32 +91,32 @@ def _prefill(model: LoadedModel, codec: str, tokens: int, rounds: int) -> tuple[
             mock.patch.object(engine.cache.codec, "write_blocks", sealing.around(engine.cache.codec.write_blocks)),
             mock.patch("zipserve.engine.probes.probe_scores", sealing.around(probe_scores)),
         ):
-            _compute(engine, ids)
+            rows.compute(engine, ids)
         spent.append(sealing.seconds / (time.perf_counter() - started - sealing.seconds))
 
     def with_full_scores() -> None:
         with full_scores():
-            _compute(engine, ids)
+            rows.compute(engine, ids)
 
     timings = interleaved({"prefill, probe rows": prefill, "prefill, full scores": with_full_scores}, rounds)
     return timings, sorted(spent)[len(spent) // 2]
 
 
-def _compute(engine: Engine, ids: list[int]) -> Sequence:
-    sequence = Sequence(list(range(engine.cache.layout.blocks_for(len(ids)))), 0, sinks=0)
-    engine.forward([Segment(sequence, ids)])
-    return sequence
-
-
-def _decode(model: LoadedModel, codec: str, tokens: int, rows: int, rounds: int) -> dict[str, Timing]:
-    zipped, rival, raw = (_Decoding(model, name, tokens, rows) for name in (codec, codec, "raw"))
+def _decode(model: LoadedModel, codec: str, tokens: int, count: int, rounds: int) -> dict[str, Timing]:
+    zipped, rival, raw = (
+        Rows(model, name, context=tokens, rows=count, steps=rounds + 1) for name in (codec, codec, "raw")
+    )
 
     def decoded() -> None:
         with decoded_first(rival.engine.cache):
             rival.step()
 
-    ways = {"decode, on the codes": zipped.step, "decode, decoded first": decoded, "decode, raw": raw.step}
-    blocks = torch.randn(rows * (tokens // 128), model.kv_heads, 128 * model.key_dim)
+    ways: dict[str, Callable[[], object]] = {
+        "decode, on the codes": zipped.step,
+        "decode, decoded first": decoded,
+        "decode, raw": raw.step,
+    }
+    blocks = torch.randn(count * (tokens // 128), model.kv_heads, 128 * model.key_dim)
 
     def copies() -> None:
         for _ in range(model.layers):
@@ -139,27 +128,6 @@ def _decode(model: LoadedModel, codec: str, tokens: int, rows: int, rounds: int)
     rival_s = timings["decode, decoded first"]
     timings["decode, decoded first"] = Timing(*(seconds - copied_s for seconds in asdict(rival_s).values()))
     return timings
-
-
-class _Decoding:
-    """Rows of equal context, each with blocks of its own, that take one step after another."""
-
-    def __init__(self, model: LoadedModel, codec: str, tokens: int, rows: int) -> None:
-        self.engine = _engine(model, codec, tokens, rows)
-        first = _compute(self.engine, _ids(model, tokens))
-        arenas = self.engine.cache.arenas
-        count = len(arenas.blocks) // rows
-        self._sequences = []
-        for row in range(rows):
-            blocks = list(range(row * count, (row + 1) * count))
-            arenas.blocks[blocks[: len(first.blocks)]] = arenas.blocks[first.blocks]
-            if len(arenas.sinks):
-                arenas.sinks[row] = arenas.sinks[0]
-            self._sequences.append(Sequence(blocks, row, first.length, sinks=row))
-
-    def step(self) -> None:
-        """One token more for every row."""
-        self.engine.forward([Segment(sequence, [7]) for sequence in self._sequences])
 
 
 class _Stopwatch:

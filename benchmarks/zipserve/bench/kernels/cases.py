@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812  its usual name
 
 from zipserve.bench.kernels import data
 from zipserve.bench.kernels.data import DecodeBatch, Heads
+from zipserve.common.errors import InternalError
 from zipserve.kernels.attention import decode_attention, decode_attention_reference
 from zipserve.kernels.checksum import checksum, checksum_reference
 from zipserve.kernels.dequantize import dequantize, dequantize_reference
@@ -35,6 +36,15 @@ class Case:
     slow_share: float = 1.0
     """What part of the data that is."""
 
+    def require_equal(self) -> None:
+        """
+        Raises:
+            InternalError: kernel and reference disagree, so that the kernel's speed means nothing.
+        """
+        difference = self.differs()
+        if not difference <= self.tolerance:
+            raise InternalError(f"{self.name}: kernel and reference differ by {difference:.3g}")
+
 
 def all_cases(heads: Heads, profile: str, *, rows: int, context: int) -> list[Case]:
     """The operations on one shape of attention."""
@@ -46,6 +56,11 @@ def all_cases(heads: Heads, profile: str, *, rows: int, context: int) -> list[Ca
         _saliency(heads),
         _attention(heads, profile, keys, values, rows),
     ]
+
+
+def attention_case(heads: Heads, profile: str, *, rows: int, context: int) -> Case:
+    """Decode attention alone."""
+    return _attention(heads, profile, *data.blocks(heads, rows * context // BLOCK), rows)
 
 
 def _checksum(heads: Heads, keys: torch.Tensor) -> Case:

@@ -10,7 +10,6 @@ from zipserve.bench.kernels.cases import Case, all_cases
 from zipserve.bench.kernels.data import Heads
 from zipserve.bench.report import Check
 from zipserve.bench.timing import Timing, interleaved
-from zipserve.common.errors import InternalError
 from zipserve.common.kv.layout import DEFAULT_CODEC
 from zipserve.kernels.zipformat import PROFILES
 
@@ -43,9 +42,7 @@ def run(options: argparse.Namespace) -> int:
     lines, checks, results = [], [], {}
     for shape in options.shapes:
         for case in all_cases(SHAPES[shape], options.profile, rows=rows, context=context):
-            difference = case.differs()
-            if not difference <= case.tolerance:
-                raise InternalError(f"{case.name}: kernel and reference differ by {difference:.3g}")
+            case.require_equal()
             timings = interleaved(case.ways, rounds)
             slow = {name: _scaled(timing, case) for name, timing in interleaved(case.slow_ways, 1, 1).items()}
             lines += [_line(case, way, timing, bandwidth) for way, timing in {**timings, **slow}.items()]

@@ -1,0 +1,121 @@
+"""vLLM as a contestant: a process from another environment, with the settings that make it fast on a CPU.
+
+Its process stays alive and idle between its turns. See `vllm_process.py` for its side.
+"""
+
+import ctypes.util
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from zipserve.common.errors import InvalidRequestError
+from zipserve.common.models import ModelFiles
+from zipserve.kernels.native import cache_dir
+
+_CHUNK_TOKENS = 1024
+_SEQUENCES = 16
+_LOG_CHARACTERS = 2000
+
+
+class Vllm:
+    """vLLM, compiled, float32, its engine in its own process; a context manager that ends it."""
+
+    name = "vLLM"
+
+    def __init__(
+        self, python: Path, files: ModelFiles, *, threads: int, rows_max: int, context_tokens: int, kv_bytes: int
+    ) -> None:
+        """Starts it, and waits until it is ready: a minute, or three the first time, when it compiles.
+
+        Args:
+            python: the interpreter of the environment that has vLLM.
+            rows_max, context_tokens: most sequences at once, and their longest.
+            kv_bytes: for its KV cache.
+
+        Raises:
+            InvalidRequestError: it does not start; the message has the end of its log.
+        """
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the contestant
+        command = [
+            str(python), "-P", str(Path(__file__).with_name("vllm_process.py")), "--model", str(files.folder),
+            "--rows", str(max(_SEQUENCES, rows_max)), "--context", str(context_tokens), "--chunk", str(_CHUNK_TOKENS),
+        ]  # fmt: skip
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env=_environment(python, threads, kv_bytes),
+            )
+        except OSError as error:
+            raise InvalidRequestError(f"cannot run {python}: {error}", field="rival-python") from error
+        self._answer()
+
+    def hold(self, count: int, context: int) -> None:
+        """See Contestant."""
+        self._ask("hold", count, context)
+
+    def steps(self, count: int) -> list[float]:
+        """See Contestant."""
+        return list(self._ask("steps", count))
+
+    def drop(self) -> None:
+        """See Contestant."""
+        self._ask("drop")
+
+    def prefill(self, tokens: int) -> float:
+        """See Contestant."""
+        return float(self._ask("prefill", tokens))
+
+    def __enter__(self) -> "Vllm":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._log.close()
+
+    def _ask(self, name: str, *arguments: int) -> Any:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([name, arguments]) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            status = self._process.wait()
+            self._log.seek(0)
+            told = self._log.read()[-_LOG_CHARACTERS:]
+            raise InvalidRequestError(f"vLLM ended with status {status}:\n{told}", field="rival-python")
+        return json.loads(line)
+
+
+def _environment(python: Path, threads: int, kv_bytes: int) -> dict[str, str]:
+    """Ours, without what would lead it to our packages, and with what vLLM wants on a CPU."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
+    tcmalloc = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
+    preloaded = [*([tcmalloc] if tcmalloc else []), *([str(openmp)] if openmp.exists() else [])]
+    return {
+        **kept,
+        "LD_PRELOAD": ":".join(preloaded),
+        "OMP_NUM_THREADS": str(threads),
+        "KMP_BLOCKTIME": "5",  # ms: its threads sleep soon after its turn
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": str(-(-kv_bytes >> 30) + 1),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_USE_AOT_COMPILE": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(cache_dir() / "rivals" / "inductor"),
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
