@@ -1,7 +1,7 @@
 """The bars of `zipserve bench engine`, for as much as was measured."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zipserve.bench.engine.contestants import Variant
 from zipserve.bench.engine.measure import Cell, Results
@@ -29,7 +29,9 @@ class Found:
     """Of each codec."""
     rival_context: int
     """Context at which rivals decode."""
-    attention_gain: Mapping[str, float] = field(default_factory=dict)
+    logits_differences: Mapping[str, float]
+    """Greatest ones to Hugging Face's, by path and storage of weights."""
+    attention_gain: Mapping[str, float]
     """Times as fast as SDPA, by case."""
 
     def gain(self, cell: Cell, ours: Variant, theirs: str) -> float | None:

@@ -15,6 +15,8 @@ from zipserve.engine import loader
 from zipserve.engine.engine import Engine
 from zipserve.engine.model import LoadedModel
 
+PATHS = ("fused", "generic")
+
 
 class Contestant(Protocol):
     """Takes its turns at the same work as the others. All tokens are the most likely ones."""

@@ -20,6 +20,7 @@ class Work:
     linear_weights: int
     """Of all linear layers, the head excepted."""
     head_weights: int
+    vocab_tokens: int
     layers: int
     heads: int
     """Of queries."""
@@ -37,6 +38,7 @@ class Work:
         return cls(
             linear_weights=sum(linear.weight.numel() for linear in linears),
             head_weights=head.weight.numel(),
+            vocab_tokens=head.out_features,
             layers=config.num_hidden_layers,
             heads=heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,

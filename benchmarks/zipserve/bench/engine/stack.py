@@ -1,0 +1,70 @@
+"""A whole stack of real processes, started by `zipserve up` as a user starts it."""
+
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+
+from zipserve.common.errors import InternalError
+
+COLOCATED = ("--prefill", "0", "--decode", "1")
+APART = ("--prefill", "1", "--decode", "1")
+_READY = re.compile(r"\s*([\d.]+) s (\S+) is ready \(")
+_ALL_READY = re.compile(r"ready after ([\d.]+) s, router on (\S+)")
+_STOP_S = 60.0
+_TOLD_LINES = 20
+
+
+class Stack:
+    """Runs while the context is open."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        """
+        Args:
+            arguments: of `zipserve up`.
+        """
+        self._folder = tempfile.TemporaryDirectory(prefix="zipserve-bench-")
+        self._command = [
+            *(sys.executable, "-P", "-m", "zipserve.cli", "up", "--listen", "127.0.0.1:0"),
+            *("--log-dir", self._folder.name, *arguments),
+        ]
+        self._told: deque[str] = deque(maxlen=_TOLD_LINES)
+        self.ready_s: dict[str, float] = {}
+        """Seconds from the start of `zipserve up`, which starts Redis first, until each process was ready."""
+        self.address = ""
+        """host:port of the router."""
+
+    def __enter__(self) -> "Stack":
+        """
+        Raises:
+            InternalError: it did not start; the message has what it said last.
+        """
+        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._told.append(line)
+            if ready := _READY.match(line):
+                self.ready_s[ready[2]] = float(ready[1])
+            elif ready := _ALL_READY.match(line):
+                self.address = ready[2]
+                threading.Thread(target=self._told.extend, args=(self._process.stderr,), daemon=True).start()
+                return self
+        self._process.wait()
+        self._folder.cleanup()
+        raise InternalError(f"zipserve up ended with status {self._process.returncode}:\n{''.join(self._told)}")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()  # its watchdog ends the others
+            self._process.wait()
+        self._folder.cleanup()
