@@ -1,9 +1,10 @@
 """The CPU kernel of decode attention against its reference; whatever must not be read is NaN."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -253,6 +254,76 @@ def test_raw_attention_is_plain_attention() -> None:
     values = torch.cat((values, case.open_blocks.values[5, :, :7]), 1)
     wanted = F.scaled_dot_product_attention(case.query[2].view(2, 3, 16), keys, values)
     torch.testing.assert_close(case.run()[0][2], wanted.view(6, 24), rtol=0, atol=ATTENTION_CPU)
+
+
+def within(case: Case, part: str, **changes: Any) -> Case:
+    """With other fields of `sealed` or `open_blocks`."""
+    holder: dict[str, Any] = {part: replace(getattr(case, part), **changes)}
+    return replace(case, **holder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda case: replace(case, query=case.query[:, :3]),
+        lambda case: replace(case, query=case.query[..., :16]),
+        lambda case: replace(case, first=case.first[1:]),
+        lambda case: replace(case, sink_logits=torch.zeros(3)),
+        lambda case: within(case, "sealed", table=case.sealed.table[1:]),
+        lambda case: within(case, "sealed", counts=case.sealed.counts[1:]),
+        lambda case: within(case, "sealed", data=case.sealed.data[:, 1:]),
+        lambda case: within(case, "sealed", sinks=case.sealed.sinks[:, 1:]),
+        lambda case: within(case, "open_blocks", keys=case.open_blocks.keys[:, :1]),
+        lambda case: within(case, "open_blocks", keys=case.open_blocks.keys[1:]),
+        lambda case: within(case, "open_blocks", values=case.open_blocks.values[..., 1:]),
+        lambda case: within(
+            case, "open_blocks", values=case.open_blocks.values[:, :, ::2].repeat(1, 1, 2, 1)[..., :32]
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit(change: Callable[[Case], Case]) -> None:
+    with pytest.raises(ValueError, match=r"must be|does not fit"):
+        change(case_of(ZipFormat(2, 32, 48, 64), 2)).run()
+
+
+@pytest.mark.parametrize(
+    ("part", "field", "row", "number"),
+    [
+        ("sealed", "counts", 0, 5),
+        ("sealed", "counts", 1, -1),
+        ("sealed", "starts", 2, 32),
+        ("sealed", "starts", 3, -64),
+        ("sealed", "sink_slabs", 0, 7),
+        ("sealed", "sink_slabs", 2, -1),
+        ("open_blocks", "slots", 4, 9),
+        ("open_blocks", "slots", 5, -1),
+        ("open_blocks", "counts", 0, 0),
+        ("open_blocks", "counts", 3, 65),
+    ],
+)
+def test_rows_that_refer_to_nothing(part: str, field: str, row: int, number: int) -> None:
+    case = case_of(ZipFormat(2, 32, 48, 64), 2)
+    index = getattr(getattr(case, part), field).clone()
+    index[row] = number
+    with pytest.raises(IndexError, match=f"row {row} refers"):
+        within(case, part, **{field: index}).run()
+
+
+@pytest.mark.parametrize("slab", [-1, 7])
+def test_slabs_that_do_not_exist(slab: int) -> None:
+    case = case_of(ZipFormat(2, 32, 48, 64), 2)
+    table = case.sealed.table.clone()
+    table[2, 3] = slab
+    with pytest.raises(IndexError, match="row 2 refers"):
+        within(case, "sealed", table=table).run()
+
+
+def test_a_row_that_sees_nothing() -> None:
+    case = case_of(ZipFormat(2, 32, 48, 64), 2)
+    first = case.first.clone()
+    first[1] = 1
+    with pytest.raises(IndexError, match="row 1 refers"):
+        replace(case, first=first).run()
 
 
 VECTORS = {name: torch.from_numpy(array) for name, array in np.load(Path(__file__).parent / "zip_vectors.npz").items()}

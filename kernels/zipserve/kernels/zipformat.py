@@ -168,7 +168,7 @@ class ZipFormat:
         """Of a head's segment in a layer."""
         return self.bitmap_bytes + head * self.head_bytes
 
-    @property
+    @cached_property
     def layer_bytes(self) -> int:
         """Size of one layer of a block."""
         return self.head_offset(self.kv_heads)

@@ -107,6 +107,10 @@ def decode_attention(
     Returns:
         float32 [rows, heads, value_dim]; and float32 [rows, block_tokens]: the weight of each token of the open block,
         mean over heads, 0 behind its last token. None without `with_weights`.
+
+    Raises:
+        ValueError: shapes that do not fit each other, on the CPU.
+        IndexError: a row refers to a slab or slot that does not exist, or sees no key, on the CPU.
     """
     if runs_on_cpu(query, sealed, open_blocks):
         return decode_attention_cpu(

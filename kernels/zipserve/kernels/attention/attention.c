@@ -228,8 +228,28 @@ static void work(const Plan *plan, int64_t index, float *scratch) {
     if (a->weights) average(plan, row);
 }
 
-// Returns 0, or 1 where there is no memory.
+static int outside(int64_t index, int64_t lowest, int64_t highest) { return index < lowest || index > highest; }
+
+// The first row that refers to what does not exist, or sees nothing; or -1.
+static int wrong_row(const Attention *a) {
+    const int size = a->form->block_tokens;
+    for (int row = 0; row < a->rows; row++) {
+        const int count = a->counts[row], start = a->starts[row];
+        if (outside(count, 0, a->columns) || outside(a->slots[row], 0, a->open_slots - 1)) return row;
+        if (outside(a->open_counts[row], 1, size) || start < 0 || start % size) return row;
+        if (a->first[row] >= (int64_t)start + (int64_t)count * size + a->open_counts[row]) return row;
+        for (int block = 0; block < count; block++)
+            if (outside(a->table[row * a->table_stride + block], 0, a->slabs - 1)) return row;
+        if (a->form->content == ZIPPED && start == 0 && count && outside(a->sink_slabs[row], 0, a->sinks_slabs - 1))
+            return row;
+    }
+    return -1;
+}
+
+// Returns -1; or the first row that refers to what does not exist; or -2 where there is no memory.
 int zs_attention(const Attention *a) {
+    const int wrong = wrong_row(a);
+    if (wrong >= 0) return wrong;
     const int group = a->heads / a->form->kv_heads;
     Plan plan = {
         .a = a,
@@ -241,7 +261,7 @@ int zs_attention(const Attention *a) {
     plan.shares = (plan.tiles * a->form->kv_heads + SHARE_TILES - 1) / SHARE_TILES;
     const int64_t items = count_items(a), queries = (int64_t)a->rows * a->heads;
     char *memory = aligned_alloc(64, lay_out(&plan, NULL, items));
-    if (!memory) return 1;
+    if (!memory) return -2;
     lay_out(&plan, memory, items);
     list_items(&plan);
 #pragma omp parallel num_threads(a->threads) if (products(a) > WAKING_PRODUCTS)
@@ -255,5 +275,5 @@ int zs_attention(const Attention *a) {
         for (int64_t index = 0; index < items * plan.shares; index++) work(&plan, index, scratch);
     }
     free(memory);
-    return 0;
+    return -1;
 }

@@ -32,6 +32,7 @@ typedef struct {
     int64_t table_stride;  // in elements
     int64_t open_key_strides[2], open_value_strides[2];                      // of slots, of heads
     int64_t query_strides[2], fresh_key_strides[2], fresh_value_strides[2];  // of rows, of heads; in elements
+    int64_t slabs, sinks_slabs, columns, open_slots;                         // how many there are
     int32_t rows, heads, open_type, threads;
     float scale, softcap;  // softcap 0: none
 } Attention;
