@@ -320,11 +320,13 @@ def test_log_sum_exp_of_equal_scores() -> None:
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("form", [ZipFormat(2, 32, 48, 64), RawFormat(2, 24, 40, 8, torch.float32)])
 def test_dense_attention(form: ZipFormat | RawFormat, options: bool) -> None:
-    """Over several tiles of queries."""
-    case = case_of(form, 3, 1100, blocks=3, opened=5)
-    case = with_options(case) if options else case
-    for found, wanted in zip(case.run_dense(), case.run_reference(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=ATTENTION_CPU)
+    """Over several tiles of queries, and of a whole prompt."""
+    later, whole = case_of(form, 3, 1100, blocks=3, opened=5), case_of(form, 3, 70)
+    if options:
+        later, whole = with_options(later), replace(whole, softcap=1.5, sink_logits=torch.linspace(-2, 3, 6))
+    for case in (later, whole):
+        for found, wanted in zip(case.run_dense(), case.run_reference(), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=0, atol=ATTENTION_CPU)
 
 
 @pytest.mark.parametrize(

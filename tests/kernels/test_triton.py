@@ -51,7 +51,14 @@ def test_compiled_kernels_fit_the_device(target: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["quantize.quantize", "dequantize.dequantize", "attention.decode_attention", "saliency.probe_scores"]
+    "name",
+    [
+        "quantize.quantize",
+        "dequantize.dequantize",
+        "attention.decode_attention",
+        "saliency.probe_scores",
+        "saliency.log_sum_exp",
+    ],
 )
 def test_cuda_tensors_go_to_triton(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every argument at its place."""

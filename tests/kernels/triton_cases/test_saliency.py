@@ -5,7 +5,7 @@ import torch
 
 from tolerances import WEIGHTS
 from zipserve.kernels.saliency import probe_scores_reference
-from zipserve.kernels.saliency.triton_kernel import probe_scores_triton
+from zipserve.kernels.saliency.triton_kernel import log_sum_exp_triton, probe_scores_triton
 from zipserve.kernels.zipformat import probe_offsets
 
 pytestmark = pytest.mark.gpu
@@ -38,11 +38,14 @@ def compare(
     query, keys = query.to(dtype), keys.to(dtype)
     wanted = probe_scores_reference(query, keys, own, first, block, starts, 64, dim**-0.5, softcap, sinks)
     assert wanted.isfinite().all()
-    found = probe_scores_triton(
-        query.to(device), keys.to(device), own.to(device), first.to(device), block.to(device), starts.to(device), 64,
-        dim**-0.5, softcap, None if sinks is None else sinks.to(device),
-    ).cpu()  # fmt: skip
+    query, keys, own, first, block, starts = (part.to(device) for part in (query, keys, own, first, block, starts))
+    sinks = None if sinks is None else sinks.to(device)
+    found = probe_scores_triton(query, keys, own, first, block, starts, 64, dim**-0.5, softcap, sinks).cpu()
     torch.testing.assert_close(found, wanted, rtol=0, atol=WEIGHTS)
+    lse = log_sum_exp_triton(query, keys, own, first, dim**-0.5, softcap, sinks)
+    of_blocks = keys[:, before:], own - before, first - before, block, starts - before
+    known = probe_scores_triton(query, *of_blocks, 64, dim**-0.5, softcap, sinks, lse).cpu()
+    torch.testing.assert_close(known, wanted, rtol=0, atol=WEIGHTS)
     return found
 
 
