@@ -114,7 +114,6 @@ class _Client:
                 if response.HasField("delta") and response.delta.token_ids:
                     yield None
 
-
     async def first_token(self, prompt_tokens: int) -> None:
         """Returns when a prompt has been computed."""
         async for _ in self.tokens(prompt_tokens, 1):
