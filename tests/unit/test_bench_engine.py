@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +20,7 @@ from zipserve.bench.engine.measure import Cell, Results
 from zipserve.bench.engine.vllm import Vllm
 from zipserve.bench.engine.work import Work, kv_bytes
 from zipserve.bench.limits import Limits
+from zipserve.bench.rows import Rows
 from zipserve.bench.timing import Timing
 from zipserve.common import models
 from zipserve.common.errors import InternalError, InvalidRequestError
@@ -36,7 +36,7 @@ def a_layout(codec: str) -> Layout:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: Path) -> LoadedModel:
-    return contestants.load(models.resolve(str(tiny_model)), "generic", "float32")
+    return contestants.load(models.resolve(str(tiny_model)), "packed", "float32")
 
 
 def test_work_of_a_tiny_model(tiny_model: Path) -> None:
@@ -63,7 +63,7 @@ def test_limits_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     found = limits.measure(1)
     assert 1e8 < found.read_bytes_s < 1e13
     assert 1e8 < found.flops_s < 1e15
-    monkeypatch.setattr(limits.native, "library", lambda _: None)
+    monkeypatch.setattr("zipserve.kernels.native.library", lambda _: None)
     assert limits.measure(1).flops_s > 1e8, "without a compiler torch alone is asked"
 
 
@@ -105,7 +105,7 @@ def test_cells() -> None:
 
 def test_own_rows_are_those_of_one_sequence(model: LoadedModel) -> None:
     """Rows get copies of one prompt's KV: all go on alike, whatever their codec, as Hugging Face's do."""
-    rows = measure.rows.Rows(model, "zip-4/32", context=150, rows=3, steps=8)
+    rows = Rows(model, "zip-4/32", context=150, rows=3, steps=8)
     for _ in range(4):
         assert len(set(rows.step())) == 1
     assert len(rows.step(2)) == 2
@@ -114,7 +114,7 @@ def test_own_rows_are_those_of_one_sequence(model: LoadedModel) -> None:
 def test_contestants_take_turns(model: LoadedModel, tiny_model: Path) -> None:
     module = contestants.load_huggingface(models.resolve(str(tiny_model)))
     for contestant in (
-        Own(Variant("generic", "float32", "raw"), model, rows_max=2, steps_max=8),
+        Own(Variant("packed", "float32", "raw"), model, rows_max=2, steps_max=8),
         HuggingFace(module, "eager"),
         HuggingFace(module, "sdpa"),
     ):
@@ -152,7 +152,7 @@ def values(found: Found) -> dict[str, float]:
 
 def test_bars_against_rivals() -> None:
     results = {
-        Cell("decode", 128, 1): ms(fused_float32_raw=12, fused_bfloat16_raw=6, generic_float32_raw=15, vLLM=30),
+        Cell("decode", 128, 1): ms(fused_float32_raw=12, fused_bfloat16_raw=6, packed_float32_raw=15, vLLM=30),
         Cell("decode", 128, 8): ms(fused_float32_raw=20, vLLM=30),
         Cell("decode", 1024, 1): ms(fused_float32_raw=20, vLLM=30),
         Cell("prefill", 1024): {
@@ -167,7 +167,7 @@ def test_bars_against_rivals() -> None:
     assert found.pop("prefill 1024: share of the multiply-add limit") == LLAMA.prefill_flops(1024) / 200e9
     assert found == pytest.approx({
         "decode 1 × 128: times vLLM's tokens/s": 2.5,
-        "decode 1 × 128: generic path, times vLLM's tokens/s": 2.0,
+        "decode 1 × 128: packed path, times vLLM's tokens/s": 2.0,
         "decode 8 × 128: times vLLM's tokens/s": 1.5,
         "decode 1 × 128: bfloat16 weights, times vLLM's tokens/s": 5.0,
         "prefill 1024: times vLLM's tokens/s": 1.3,
@@ -239,13 +239,13 @@ class LLMEngine:
 
 
 @pytest.fixture
-def stub_python(tmp_path: Path) -> Iterator[Path]:
+def stub_python(tmp_path: Path) -> Path:
     """An interpreter whose vLLM is a stub."""
     (tmp_path / "vllm.py").write_text(STUB)
     script = tmp_path / "python"
     script.write_text(f'#!/bin/sh\nexport PYTHONPATH="{tmp_path}"\nexec "{sys.executable}" "$@"\n')
     script.chmod(0o755)
-    yield script
+    return script
 
 
 def a_vllm(python: Path, folder: Path) -> Vllm:
@@ -266,10 +266,11 @@ def test_vllm_takes_turns(stub_python: Path, tmp_path: Path) -> None:
 
 
 def test_vllm_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="cannot run"):
-        a_vllm(tmp_path / "python", tmp_path)
-    with pytest.raises(InvalidRequestError, match=r"(?s)status 1:.*No module named 'vllm'"):
-        a_vllm(Path(sys.executable), tmp_path)
+    with pytest.raises(InvalidRequestError, match="cannot run"), a_vllm(tmp_path / "python", tmp_path):
+        pass
+    no_vllm = pytest.raises(InvalidRequestError, match=r"(?s)status 1:.*No module named 'vllm'")
+    with no_vllm, a_vllm(Path(sys.executable), tmp_path):
+        pass
 
 
 def test_whole_run(tiny_model: Path, stub_python: Path) -> None:
@@ -281,10 +282,10 @@ def test_whole_run(tiny_model: Path, stub_python: Path) -> None:
     found = json.loads(result.stdout.splitlines()[-1])
     assert set(found["seconds"]) == {"decode 1 × 128", "decode 2 × 128", "prefill 64"}
     assert set(found["seconds"]["decode 2 × 128"]) == {
-        *("fused float32 raw", "fused float32 zip-4/32", "fused bfloat16 raw", "generic float32 raw"),
-        *("generic bfloat16 raw", "Hugging Face eager", "Hugging Face sdpa", "vLLM"),
+        *("fused float32 raw", "fused float32 zip-4/32", "fused bfloat16 raw", "packed float32 raw"),
+        *("packed bfloat16 raw", "Hugging Face eager", "Hugging Face sdpa", "vLLM"),
     }
-    assert max(found["logits_differences"][f"{path} float32"] for path in ("fused", "generic")) < 1e-3
+    assert max(found["logits_differences"][f"{path} float32"] for path in ("fused", "packed")) < 1e-3
     assert found["limits"]["flops_s"] > 0
     assert not any(check["decides"] for check in found["checks"])
 

@@ -23,7 +23,7 @@ from zipserve.bench.kernels.data import Heads
 from zipserve.bench.limits import Limits
 from zipserve.bench.report import Check
 from zipserve.bench.timing import interleaved
-from zipserve.common import models
+from zipserve.common import log, models
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, Layout
 from zipserve.common.models import ModelFiles
@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
     cores = sorted(os.sched_getaffinity(0))[: options.threads]
     os.sched_setaffinity(0, cores)  # of rivals and stacks too, which are our children
     torch.set_num_threads(options.threads)
+    log.configure(level="error", style="console")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     files = models.resolve(options.model)
     machine = limits.measure(10 if not options.quick else 1)

@@ -10,12 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from zipserve.bench import rows
 from zipserve.bench.rows import Rows
+from zipserve.common.errors import InternalError
 from zipserve.common.models import ModelFiles
-from zipserve.engine import loader
+from zipserve.engine import startup
 from zipserve.engine.engine import Engine
+from zipserve.engine.fused import FusedModel
 from zipserve.engine.model import LoadedModel
+from zipserve.engine.packing import PackedLinear
 
-PATHS = ("fused", "generic")
+PATHS: tuple[startup.Path, ...] = tuple(startup.PATHS)
 
 
 class Contestant(Protocol):
@@ -40,10 +43,10 @@ class Contestant(Protocol):
 class Variant:
     """One way to run our engine."""
 
-    path: str
-    """fused: the native plan of the whole step; generic: the transformers module with our operations."""
-    weights: str
-    """How weights are stored; activations are float32."""
+    path: startup.Path
+    """fused: the native plan of the whole step; packed: the module of transformers with our operations."""
+    weights: startup.Weights
+    """How linear layers are stored; activations are float32."""
     codec: str
 
     @property
@@ -52,10 +55,23 @@ class Variant:
         return f"{self.path} {self.weights} {self.codec}"
 
 
-def load(files: ModelFiles, path: str, weights: str) -> LoadedModel:
-    """A model for variants of this path and storage."""
-    stored = None if weights == "float32" else weights
-    return loader.load(files, "float32", "cpu", weights=stored, plan=path == "fused")
+def load(files: ModelFiles, path: startup.Path, weights: startup.Weights) -> LoadedModel:
+    """A model for variants of this path and storage, as a worker loads it.
+
+    Raises:
+        InternalError: the path cannot serve this model, so that another one would be measured.
+    """
+    model = startup.load_ready(files, "float32", "cpu", weights=weights, paths=(path,))
+    if path != _path_of(model):
+        raise InternalError(f"the {path} path cannot serve {files.name} with {weights} weights")
+    return model
+
+
+def _path_of(model: LoadedModel) -> startup.Path | None:
+    """None: the module of transformers as it is."""
+    if isinstance(model.forward, FusedModel):
+        return "fused"
+    return "packed" if any(isinstance(part, PackedLinear) for part in model.module.modules()) else None
 
 
 class Own:

@@ -12,6 +12,7 @@ from zipserve.bench.engine.vllm import Vllm
 from zipserve.bench.engine.work import kv_bytes
 from zipserve.common.kv.layout import Layout
 from zipserve.common.models import ModelFiles
+from zipserve.engine import startup
 from zipserve.engine.model import LoadedModel
 
 RIVALS = ("hf", "vllm")
@@ -27,7 +28,7 @@ class Field:
         prompts = set(options.prompts)
         self._rival_prompts = prompts & {PREFILL_TOKENS} or prompts
         reference = load_huggingface(files)
-        self._models: dict[tuple[str, str], LoadedModel] = {}
+        self._models: dict[tuple[startup.Path, startup.Weights], LoadedModel] = {}
         self.logits_differences: dict[str, float] = {}
         """Of logits to Hugging Face's, by path and weights."""
         for path in options.paths:

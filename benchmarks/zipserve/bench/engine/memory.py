@@ -2,18 +2,19 @@
 
 import argparse
 import json
+import pathlib
 import subprocess
 import sys
-from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from zipserve.bench.engine import contestants
-from zipserve.common import models
+from zipserve.common import log, models
 from zipserve.common.errors import InternalError
+from zipserve.engine.startup import Path, Weights
 
 
-def resident_bytes(model: str, path: str, weights: str) -> int:
+def resident_bytes(model: str, path: Path, weights: Weights) -> int:
     """By how much loading a model lets the resident memory of a fresh process grow.
 
     Args: see Variant.
@@ -29,7 +30,7 @@ def resident_bytes(model: str, path: str, weights: str) -> int:
 
 
 def _resident() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) << 10
     raise InternalError("this system does not tell how much memory a process has")
@@ -41,6 +42,7 @@ def main() -> None:
     for name in ("model", "path", "weights"):
         parser.add_argument(name)
     options = parser.parse_args()
+    log.configure(level="error", style="console")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     files = models.resolve(options.model)
     before = _resident()

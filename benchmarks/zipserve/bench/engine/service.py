@@ -10,12 +10,15 @@ from zipserve.bench.engine.gaps import Gaps, Load
 from zipserve.bench.engine.stack import Stack
 from zipserve.bench.engine.work import Work
 from zipserve.bench.report import Check
+from zipserve.engine import startup
 
 _QUICK = {"streams": 2, "stream_prompt_tokens": 16, "quiet_tokens": 4, "prompt_tokens": 200, "prompts": 1}
 STACKS = {"colocated": stack.COLOCATED, "apart": stack.APART}
 
 
-def resident(model: str, variants: Iterable[tuple[str, str]], work: Work, *, decides: bool) -> list[Check]:
+def resident(
+    model: str, variants: Iterable[tuple[startup.Path, startup.Weights]], work: Work, *, decides: bool
+) -> list[Check]:
     """Memory of loaded models, by path and storage of weights."""
     checks = []
     for path, weights in variants:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,33 +30,43 @@ class Vllm:
     def __init__(
         self, python: Path, files: ModelFiles, *, threads: int, rows_max: int, context_tokens: int, kv_bytes: int
     ) -> None:
-        """Starts it, and waits until it is ready: a minute, or three the first time, when it compiles.
-
+        """
         Args:
             python: the interpreter of the environment that has vLLM.
             rows_max, context_tokens: most sequences at once, and their longest.
             kv_bytes: for its KV cache.
+        """
+        self._command = [
+            str(python), "-P", str(Path(__file__).with_name("vllm_process.py")), "--model", str(files.folder),
+            "--rows", str(max(_SEQUENCES, rows_max)), "--context", str(context_tokens), "--chunk", str(_CHUNK_TOKENS),
+        ]  # fmt: skip
+        self._environment = _environment(python, threads, kv_bytes)
+
+    def __enter__(self) -> "Vllm":
+        """Starts it, and waits until it is ready: a minute, or three the first time, when it compiles.
 
         Raises:
             InvalidRequestError: it does not start; the message has the end of its log.
         """
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the contestant
-        command = [
-            str(python), "-P", str(Path(__file__).with_name("vllm_process.py")), "--model", str(files.folder),
-            "--rows", str(max(_SEQUENCES, rows_max)), "--context", str(context_tokens), "--chunk", str(_CHUNK_TOKENS),
-        ]  # fmt: skip
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                text=True,
-                env=_environment(python, threads, kv_bytes),
-            )
-        except OSError as error:
-            raise InvalidRequestError(f"cannot run {python}: {error}", field="rival-python") from error
-        self._answer()
+        with ExitStack() as stack:
+            self._log = stack.enter_context(tempfile.TemporaryFile("w+"))
+            pipe = subprocess.PIPE
+            try:
+                process = subprocess.Popen(
+                    self._command, stdin=pipe, stdout=pipe, stderr=self._log, text=True, env=self._environment
+                )
+            except OSError as error:
+                raise InvalidRequestError(f"cannot run {self._command[0]}: {error}", field="rival-python") from error
+            self._process = stack.enter_context(process)
+            stack.callback(process.kill)
+            self._answer()
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running.close()
 
     def hold(self, count: int, context: int) -> None:
         """See Contestant."""
@@ -72,16 +83,6 @@ class Vllm:
     def prefill(self, tokens: int) -> float:
         """See Contestant."""
         return float(self._ask("prefill", tokens))
-
-    def __enter__(self) -> "Vllm":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
 
     def _ask(self, name: str, *arguments: int) -> Any:
         assert self._process.stdin is not None
