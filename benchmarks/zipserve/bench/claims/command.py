@@ -17,8 +17,8 @@ from zipserve.bench.rows import Rows
 from zipserve.bench.timing import Timing, interleaved
 from zipserve.common import models
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, SlabKind
-from zipserve.engine import loader
 from zipserve.engine.model import LoadedModel
+from zipserve.engine.startup import load_ready
 from zipserve.kernels.saliency import probe_scores
 
 PREFILL_GAIN = 0.373
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     disable_progress_bar()  # type: ignore[no-untyped-call]
     files = models.resolve(options.model)
-    model = loader.load(files, "float32", "cpu")
+    model = load_ready(files, "float32", "cpu")
     tokens = options.prompt_tokens or (256 if options.quick else 4096)
     rounds = options.rounds or (1 if options.quick else 5)
     prefill, sealing_share = _prefill(model, options.codec, tokens, rounds)

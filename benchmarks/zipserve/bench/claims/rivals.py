@@ -8,47 +8,51 @@ import torch
 
 from zipserve.engine.attention import Scoring
 from zipserve.engine.cache import KvCache
-from zipserve.engine.chunk import TILE_TOKENS, Chunk
-from zipserve.engine.sequence import Sequence
+from zipserve.engine.chunk import Chunk
+
+TILE_TOKENS = 512
+"""Rows whose weights exist at once."""
 
 
 class FullScoresChunk(Chunk):
     """A prompt whose saliency is every row's attention, as in the adaptive methods before ZipCache.
 
-    They need the weights of all rows, which SDPA does not give: these are computed in tiles of rows, as the engine
-    tiles long prompts, and both the output and the scores are taken from them.
+    They need the weights of all rows, which fast attention does not give: these are computed in tiles of rows, and both
+    the output and the scores are taken from them.
     """
 
-    def __init__(self, sequence: Sequence, tokens: int, cache: KvCache) -> None:
-        super().__init__(sequence, tokens, cache)
-        self._columns = torch.empty(0)
-        self._probes = self  # type: ignore[assignment]  # asked for scores in the place of probe rows
-
-    def _over_past(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring, offset: int
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
-        heads, tokens = query.shape[:2]
-        grouped = torch.unflatten(query * scoring.scale, 0, (len(key), -1))  # [kv heads, group, tokens, key_dim]
-        output = query.new_empty(heads, tokens, value.shape[2])
-        self._columns = torch.zeros(tokens)
-        for start in range(0, tokens, TILE_TOKENS):
-            end = min(start + TILE_TOKENS, tokens)
-            rows = grouped[:, :, start:end].flatten(1, 2)
-            products = torch.matmul(rows, key[:, :end].transpose(1, 2)).view(heads, end - start, end)
-            products.masked_fill_(~self._mask(scoring.visibility, start, end), -torch.inf)
-            weights = torch.softmax(products, -1, out=products)
-            self._columns[:end] += weights.sum((0, 1))
-            found = torch.matmul(weights.view(len(key), -1, end), value[:, :end])
-            output[:, start:end] = found.view(heads, end - start, -1)
-        self._columns /= heads
+        """See Chunk.attend; of a prompt from position 0 on, whose rows see all before them."""
+        output, columns = _full_attention(query, key, value, scoring.scale)
+        # Column sums of the whole matrix, normalized by the number of rows that see each token.
+        normalized = columns / torch.arange(len(columns), 0, -1)
+        size = self._cache.layout.block_tokens
+        padded = torch.nn.functional.pad(normalized, (0, -len(columns) % size))
+        self._write(layer, key, value, padded.view(-1, size))
         return output
 
-    def scores(self, query: torch.Tensor, keys: torch.Tensor, scoring: Scoring, offset: int) -> torch.Tensor:
-        """Column sums of the whole matrix; normalized by the number of rows that see each token."""
-        tokens, size = query.shape[1], self._cache.layout.block_tokens
-        columns = self._columns / torch.arange(tokens, 0, -1)
-        blocks = -(-tokens // size)
-        return torch.nn.functional.pad(columns, (0, blocks * size - tokens)).view(blocks, size)
+
+def _full_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention [tokens, heads, value_dim], and the sum of every column of its weights, mean over heads [tokens]."""
+    heads, tokens = query.shape[:2]
+    grouped = torch.unflatten(query * scale, 0, (len(key), -1))  # [kv heads, group, tokens, key_dim]
+    output = query.new_empty(heads, tokens, value.shape[2])
+    columns = torch.zeros(tokens)
+    positions = torch.arange(tokens)
+    for start in range(0, tokens, TILE_TOKENS):
+        end = min(start + TILE_TOKENS, tokens)
+        rows = grouped[:, :, start:end].flatten(1, 2)
+        products = torch.matmul(rows, key[:, :end].transpose(1, 2)).view(heads, end - start, end)
+        products.masked_fill_(positions[:end] > positions[start:end, None], -torch.inf)
+        weights = torch.softmax(products, -1, out=products)
+        columns[:end] += weights.sum((0, 1))
+        found = torch.matmul(weights.view(len(key), -1, end), value[:, :end])
+        output[:, start:end] = found.view(heads, end - start, -1)
+    return output.transpose(0, 1), columns / heads
 
 
 @contextmanager

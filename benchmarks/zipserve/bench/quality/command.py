@@ -22,8 +22,8 @@ from zipserve.bench.quality.windows import RETRIEVAL, Encode, Shape, Window, ret
 from zipserve.common import models
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import CODECS
-from zipserve.engine import loader
 from zipserve.engine.model import LoadedModel
+from zipserve.engine.startup import load_ready
 
 FULL, QUICK = Shape(), Shape(context_tokens=256, scored_tokens=64, queries=4)
 WINDOWS = {False: 8, True: 1}
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
     files = models.resolve(options.model)
     shape = QUICK if options.quick else FULL
     genres = _windows(options, shape, _encoder(files.folder))
-    model = loader.load(files, "float32", options.device)
+    model = load_ready(files, "float32", options.device)
     layouts = {codec: model.layout(codec=codec) for codec in options.codecs}
     started = time.monotonic()
     results: dict[str, dict[str, list[Score]]] = {codec: {} for codec in options.codecs}
