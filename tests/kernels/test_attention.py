@@ -326,6 +326,20 @@ def test_a_row_that_sees_nothing() -> None:
         replace(case, first=first).run()
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", [ZipFormat(1, 16, 16, 64), RawFormat(1, 16, 16, 8, torch.float32)])
+def test_what_is_not_finite_is_not_hidden(form: ZipFormat | RawFormat, number: float, softcap: float | None) -> None:
+    """Products of infinity and both signs make a NaN whose sign is another one than that of torch.nan."""
+    case = case_of(form, 2)
+    case.open_blocks.keys[2, 0, 0, 3:5] = number
+    case.query[..., 4] = -case.query[..., 3]
+    output, weights = replace(case, softcap=softcap).run()
+    assert output[:5].isfinite().all()
+    assert not output[5].isfinite().any()
+    assert not weights[5, 0].isfinite()
+
+
 VECTORS = {name: torch.from_numpy(array) for name, array in np.load(Path(__file__).parent / "zip_vectors.npz").items()}
 
 

@@ -72,6 +72,15 @@ static inline i32x16 less16(f32x16 a, f32x16 b) {
 #endif
 }
 
+// All bits of the lanes that less16 misjudges: those of NaN.
+static inline i32x16 misjudged16(f32x16 x) {
+#ifdef __AVX512F__
+    return (i32x16){0};
+#else
+    return (0x7f800000 - ((i32x16)x & 0x7fffffff)) >> 31;
+#endif
+}
+
 static inline f32x16 max16(f32x16 a, f32x16 b) { return select16(less16(b, a), a, b); }
 
 static inline float sum_lanes(f32x16 x) {
@@ -107,9 +116,9 @@ ALWAYS_INLINE f32x4 sum_lanes4(const native_f32 of[4]) {
     return SHUFFLE4(ab, cd, 0, 1, 4, 5) + SHUFFLE4(ab, cd, 2, 3, 6, 7);
 }
 
-// e^x, relative error 2e-7; 0 below -87, also for -infinity. Reduction to |r| <= ln 2 / 2, then a Taylor polynomial.
+// e^x, relative error 2e-7; 0 below -87, also for -infinity; NaN of NaN. Reduction to |r| <= ln 2 / 2, then a Taylor polynomial.
 static inline f32x16 exp16(f32x16 x) {
-    const i32x16 tiny = less16(x, splat(-87.0f));
+    const i32x16 tiny = less16(x, splat(-87.0f)), misjudged = misjudged16(x);
     x = select16(tiny, splat(-87.0f), x);
     x = select16(less16(splat(88.0f), x), splat(88.0f), x);
     const f32x16 magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -124,7 +133,7 @@ static inline f32x16 exp16(f32x16 x) {
     p = p * r + splat(1.0f);
     p = p * r + splat(1.0f);
     const i32x16 power = (__builtin_convertvector(n, i32x16) + 127) << 23;
-    return select16(tiny, splat(0.0f), p * (f32x16)power);
+    return (f32x16)((i32x16)select16(tiny, splat(0.0f), p * (f32x16)power) | misjudged);
 }
 
 // tanh x, relative error 3e-7. Near 0 by a polynomial, for 1 - 2 / (e^2x + 1) cancels there.
