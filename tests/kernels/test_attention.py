@@ -412,7 +412,7 @@ def test_writes_the_rows_own_tokens_first(dtype: torch.dtype) -> None:
     case = case_of(RawFormat(3, 24, 40, 16, dtype), 2, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     packed = torch.randn(6, 3 * (24 + 40), generator=generator)
-    fresh = (packed[:, : 3 * 24].unflatten(1, (3, 24)), packed[:, 3 * 24 :].unflatten(1, (3, 40)))
+    fresh = packed[:, : 3 * 24].view(6, 3, 24), packed[:, 3 * 24 :].view(6, 3, 40)
     before = case.open_blocks
     wanted = replace(before, keys=before.keys.clone(), values=before.values.clone())
     slots, places = before.slots.long(), before.counts.long() - 1
@@ -427,5 +427,5 @@ def test_queries_may_be_a_view() -> None:
     case = case_of(ZipFormat(3, 64, 64, 128, "4/32"), 2)
     wanted = case.run()[0]
     rows = torch.cat((case.query.flatten(1), torch.full((6, 5), torch.nan)), 1)
-    view = rows[:, :-5].unflatten(1, tuple(case.query.shape[1:]))
+    view = rows[:, :-5].view(case.query.shape)
     assert torch.equal(replace(case, query=view).run()[0], wanted)

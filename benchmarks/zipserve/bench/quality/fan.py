@@ -65,7 +65,7 @@ class Fan:
         assert self._reader is not None, "no codec is selected that could answer"
         return self._reader.read_blocks(layer, slabs, sink_slabs)
 
-    def sealed(self, layer: int) -> Sealed | None:
+    def sealed(self) -> Sealed | None:
         """See Codec."""
         assert self._reader is not None, "no codec is selected that could answer"
-        return self._reader.sealed(layer)
+        return self._reader.sealed()

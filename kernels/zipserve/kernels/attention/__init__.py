@@ -4,15 +4,22 @@ Nothing is dequantized: the key channels' widths are folded into the query once 
 softmax weights, and codes are multiplied as they are. Grouped-query, windows, softcap and sink logits included.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from zipserve.kernels.attention.cpu import decode_attention_cpu, runs_on_cpu
+from zipserve.kernels.attention.cpu import Call, decode_attention_cpu, runs_on_cpu
 from zipserve.kernels.attention.reference import decode_attention_reference
 from zipserve.kernels.zipformat import ZipFormat
 
-__all__ = ["OpenBlocks", "RawFormat", "SealedBlocks", "decode_attention", "decode_attention_reference"]
+__all__ = [
+    "DecodeStep",
+    "OpenBlocks",
+    "RawFormat",
+    "SealedBlocks",
+    "decode_attention",
+    "decode_attention_reference",
+]
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,64 @@ def decode_attention(
         query, sealed, open_blocks, first, scale=scale, softcap=softcap, sink_logits=sink_logits,
         with_weights=with_weights,
     )  # fmt: skip
+
+
+class DecodeStep:
+    """Decode attention of one step: all its layers read the same rows of the same blocks.
+
+    What the layers have in common is checked and laid out once, which leaves little to do before each kernel.
+    """
+
+    def __init__(self, sealed: SealedBlocks, open_blocks: OpenBlocks, first: torch.Tensor) -> None:
+        """See `decode_attention`, with a dimension of layers more.
+
+        Args:
+            sealed: its data [slabs, layers, form.layer_bytes], its sinks [slabs, layers, form.sinks_layer_bytes].
+            open_blocks: keys [layers, slots, kv_heads, block_tokens, key_dim], and values likewise.
+        """
+        self._sealed, self._open, self._first = sealed, open_blocks, first
+        self._call: Call | None = None
+        of_layers = ((sealed.data, 1), (sealed.sinks, 1), (open_blocks.keys, 0), (open_blocks.values, 0))
+        self._addresses = [
+            (blocks.data_ptr(), blocks.stride(layers) * blocks.element_size()) for blocks, layers in of_layers
+        ]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+        *,
+        scale: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `decode_attention`; the shape of `query` is the same in all layers.
+
+        Args:
+            weights: where to write the softmax weights of the open block, float32 [rows, block_tokens].
+        """
+        if self._call is None:
+            sealed, open_blocks = self._of(layer)
+            if not runs_on_cpu(query, sealed, open_blocks):
+                output, found = decode_attention(
+                    query, sealed, open_blocks, self._first, scale=scale, softcap=softcap, sink_logits=sink_logits,
+                    with_weights=weights is not None, fresh=fresh,
+                )  # fmt: skip
+                if weights is not None and found is not None:
+                    weights.copy_(found)
+                return output
+            self._call = Call(query, sealed, open_blocks, self._first)
+        self._call.move(*(address + layer * stride for address, stride in self._addresses))
+        return self._call.run(query, fresh, scale=scale, softcap=softcap, sink_logits=sink_logits, weights=weights)
+
+    def _of(self, layer: int) -> tuple[SealedBlocks, OpenBlocks]:
+        sealed, open_blocks = self._sealed, self._open
+        return (
+            replace(sealed, data=sealed.data[:, layer], sinks=sealed.sinks[:, layer]),
+            replace(open_blocks, keys=open_blocks.keys[layer], values=open_blocks.values[layer]),
+        )
 
 
 def _append(open_blocks: OpenBlocks, fresh: tuple[torch.Tensor, torch.Tensor]) -> None:

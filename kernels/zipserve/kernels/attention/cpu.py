@@ -55,57 +55,98 @@ def decode_attention_cpu(
     fresh: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See zipserve.kernels.attention.decode_attention; only where `runs_on_cpu`."""
-    library = native.load()
-    assert library is not None
-    _check(query, sealed, open_blocks, first, sink_logits)
-    form, keys, values = sealed.form, open_blocks.keys, open_blocks.values
-    rows, heads, _ = query.shape
-    query = _rows(query)
-    fresh_key, fresh_value = (None, None) if fresh is None else map(_rows, fresh)
-    sink_logits = None if sink_logits is None else sink_logits.float().contiguous()
-    output = torch.empty(rows, heads, form.value_dim)
-    weights = torch.empty(rows, form.block_tokens) if with_weights else None
-    table, counts, starts = _int32(sealed.table), _int32(sealed.counts), _int32(sealed.starts)
-    sink_slabs, first = _int32(sealed.sink_slabs), _int32(first)
-    slots, open_counts = _int32(open_blocks.slots), _int32(open_blocks.counts)
-    key_strides, value_strides, size = keys.stride(), values.stride(), keys.element_size()
-    arguments = _Attention(
-        ctypes.addressof(format_of(form)),
-        query.data_ptr(),
-        None if fresh_key is None else fresh_key.data_ptr(),
-        None if fresh_value is None else fresh_value.data_ptr(),
-        sealed.data.data_ptr(),
-        table.data_ptr(),
-        counts.data_ptr(),
-        starts.data_ptr(),
-        sealed.sinks.data_ptr(),
-        sink_slabs.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        slots.data_ptr(),
-        open_counts.data_ptr(),
-        first.data_ptr(),
-        None if sink_logits is None else sink_logits.data_ptr(),
-        output.data_ptr(),
-        None if weights is None else weights.data_ptr(),
-        sealed.data.stride(0),
-        sealed.sinks.stride(0),
-        table.stride(0),
-        (key_strides[0] * size, key_strides[1] * size),
-        (value_strides[0] * size, value_strides[1] * size),
-        query.stride()[:2],
-        (0, 0) if fresh_key is None else fresh_key.stride()[:2],
-        (0, 0) if fresh_value is None else fresh_value.stride()[:2],
-        *(sealed.data.shape[0], sealed.sinks.shape[0], table.shape[1], keys.shape[0]),
-        *(rows, heads, TYPES[keys.dtype], torch.get_num_threads()),
-        *(scale, softcap or 0.0),
-    )
-    wrong = library.zs_attention(ctypes.byref(arguments))
-    if wrong == _NO_MEMORY:
-        raise MemoryError(f"attention of {rows} rows")
-    if wrong >= 0:
-        raise IndexError(f"row {wrong} refers to a slab or slot that does not exist, or sees no key")
+    if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
+        raise ValueError(f"sink_logits must be [{query.shape[1]}], not {[*sink_logits.shape]}")
+    weights = torch.empty(len(query), sealed.form.block_tokens) if with_weights else None
+    call = Call(query, sealed, open_blocks, first)
+    output = call.run(query, fresh, scale=scale, softcap=softcap, sink_logits=sink_logits, weights=weights)
     return output, weights
+
+
+class Call:
+    """What calls for the same rows have in common: it is checked and laid out once, for all layers of a step."""
+
+    def __init__(
+        self, query: torch.Tensor, sealed: "SealedBlocks", open_blocks: "OpenBlocks", first: torch.Tensor
+    ) -> None:
+        """See zipserve.kernels.attention.decode_attention.
+
+        Raises:
+            ValueError: shapes that do not fit each other.
+        """
+        _check(query, sealed, open_blocks, first)
+        form, keys, values = sealed.form, open_blocks.keys, open_blocks.values
+        self._form, self._rows, self._heads = form, *query.shape[:2]
+        of_rows = (sealed.table, sealed.counts, sealed.starts, sealed.sink_slabs, open_blocks.slots, open_blocks.counts)
+        self._kept = [_int32(index) for index in (*of_rows, first)]  # alive as long as C may read them
+        table, counts, starts, sink_slabs, slots, open_counts, first = self._kept
+        size = keys.element_size()
+        self._arguments = _Attention(
+            form=ctypes.addressof(format_of(form)),
+            sealed=sealed.data.data_ptr(),
+            table=table.data_ptr(),
+            counts=counts.data_ptr(),
+            starts=starts.data_ptr(),
+            sinks=sealed.sinks.data_ptr(),
+            sink_slabs=sink_slabs.data_ptr(),
+            open_keys=keys.data_ptr(),
+            open_values=values.data_ptr(),
+            slots=slots.data_ptr(),
+            open_counts=open_counts.data_ptr(),
+            first=first.data_ptr(),
+            sealed_stride=sealed.data.stride(0),
+            sinks_stride=sealed.sinks.stride(0),
+            table_stride=table.stride(0),
+            open_key_strides=(keys.stride(0) * size, keys.stride(1) * size),
+            open_value_strides=(values.stride(0) * size, values.stride(1) * size),
+            slabs=sealed.data.shape[0],
+            sinks_slabs=sealed.sinks.shape[0],
+            columns=table.shape[1],
+            open_slots=keys.shape[0],
+            rows=self._rows,
+            heads=self._heads,
+            open_type=TYPES[keys.dtype],
+            threads=torch.get_num_threads(),
+        )
+
+    def move(self, sealed: int, sinks: int, open_keys: int, open_values: int) -> None:
+        """Goes on to other blocks of the same shapes and strides, at these addresses: those of the next layer."""
+        arguments = self._arguments
+        arguments.sealed, arguments.sinks = sealed, sinks
+        arguments.open_keys, arguments.open_values = open_keys, open_values
+
+    def run(
+        self,
+        query: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sink_logits: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See zipserve.kernels.attention.DecodeStep.attend; the query's shape is that of the constructor's."""
+        library = native.load()
+        assert library is not None
+        arguments = self._arguments
+        query = _rows(query)
+        arguments.query, arguments.query_strides = query.data_ptr(), query.stride()[:2]
+        if fresh is not None:
+            key, value = _rows(fresh[0]), _rows(fresh[1])
+            arguments.fresh_keys, arguments.fresh_key_strides = key.data_ptr(), key.stride()[:2]
+            arguments.fresh_values, arguments.fresh_value_strides = value.data_ptr(), value.stride()[:2]
+        if sink_logits is not None:
+            sink_logits = sink_logits.float().contiguous()
+        arguments.sink_logits = None if sink_logits is None else sink_logits.data_ptr()
+        arguments.scale, arguments.softcap = scale, softcap or 0.0
+        output = torch.empty(self._rows, self._heads, self._form.value_dim)
+        arguments.output, arguments.weights = output.data_ptr(), None if weights is None else weights.data_ptr()
+        wrong = library.zs_attention(ctypes.byref(arguments))
+        if wrong == _NO_MEMORY:
+            raise MemoryError(f"attention of {self._rows} rows")
+        if wrong >= 0:
+            raise IndexError(f"row {wrong} refers to a slab or slot that does not exist, or sees no key")
+        return output
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -119,7 +160,6 @@ def _check(
     sealed: "SealedBlocks",
     open_blocks: "OpenBlocks",
     first: torch.Tensor,
-    sink_logits: torch.Tensor | None,
 ) -> None:
     """What the kernel takes for granted: otherwise it would read elsewhere."""
     form, keys, values = sealed.form, open_blocks.keys, open_blocks.values
@@ -133,8 +173,6 @@ def _check(
     of_rows = first, sealed.counts, sealed.starts, sealed.sink_slabs, open_blocks.slots, open_blocks.counts
     if any(index.shape != (rows,) for index in of_rows) or sealed.table.shape[0] != rows:
         raise ValueError(f"every index of rows must be [{rows}]")
-    if sink_logits is not None and sink_logits.shape != (heads,):
-        raise ValueError(f"sink_logits must be [{heads}], not {[*sink_logits.shape]}")
     check("blocks", sealed.data, (sealed.data.shape[0], form.layer_bytes), torch.uint8)
     if isinstance(form, ZipFormat):
         check("sinks", sealed.sinks, (sealed.sinks.shape[0], form.sinks_layer_bytes), torch.uint8)

@@ -53,6 +53,8 @@ class Batch:
     ) -> torch.Tensor:
         """See zipserve.engine.attention.Attender."""
         self.calls += 1
+        if self._decode is not None and not self._chunks:
+            return self._decode.attend(layer, query, key, value, scoring)
         output = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
         if self._decode is not None:
             rows = slice(0, self._decode.count)
@@ -61,8 +63,13 @@ class Batch:
             output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring)
         return output
 
+    def seal(self) -> None:
+        """To be called after the last layer."""
+        if self._decode is not None:
+            self._decode.seal()
+
     def refused(self) -> dict[int, KvValueError]:
-        """The segments with a block that the codec refused, by index; to be asked after the last layer."""
+        """The segments with a block that the codec refused, by index; to be asked after `seal`."""
         found: dict[int, KvValueError] = {}
         if self._decode is not None:
             _note(self._decode.refused, [self._order[row] for row in self._decode.full], found)

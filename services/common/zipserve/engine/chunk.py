@@ -87,9 +87,9 @@ class Chunk:
         if past.start == past.stop:
             return None
         codec, slabs, sink_slabs = self._cache.codec, self._slabs[past], self._sink_slabs[past]
-        sealed = codec.sealed(layer)
+        sealed = codec.sealed()
         if sealed is not None:
-            return Prefix(sealed.form, sealed.data, slabs, sealed.sinks, sink_slabs)
+            return Prefix(sealed.form, sealed.data[:, layer], slabs, sealed.sinks[:, layer], sink_slabs)
         keys, values = codec.read_blocks(layer, slabs, sink_slabs)
         form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
         data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)

@@ -9,7 +9,7 @@ from zipserve.engine.attention import Scoring, Visibility
 from zipserve.engine.cache import KvCache
 from zipserve.engine.codec import Sealed
 from zipserve.engine.sequence import Sequence
-from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks, decode_attention
+from zipserve.kernels.attention import DecodeStep, OpenBlocks, RawFormat, SealedBlocks
 from zipserve.kernels.zipformat import probe_offsets
 
 
@@ -57,57 +57,72 @@ class DecodeRows:
         self._full_sinks = _index([seq.sinks if seq.length < size else -1 for seq in full], cache)
         probes = set(probe_offsets(size)) if cache.codec.needs_scores else set()
         self._probing = _index([row for row, offset in enumerate(offsets) if offset in probes], cache)
-        self._is_probing = len(self._probing) > 0
+        self._weights = None
+        if len(self._probing):
+            self._weights = torch.empty(cache.layout.layers, self.count, size, device=cache.device)
         self._row_sinks = _index([seq.sinks for seq in sequences], cache).int()
+        self._is_direct = cache.codec.sealed() is not None
         self._plans: dict[Visibility, _Plan] = {}
+        self._steps: dict[Visibility, DecodeStep] = {}
         self.refused: list[tuple[int, torch.Tensor]] = []
         """Layer and status of the blocks of `full` that a codec may have refused."""
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
     ) -> torch.Tensor:
-        """Writes the new tokens, attends over sealed blocks and the open one, and seals the blocks that became full.
+        """Writes the new tokens, and attends over sealed blocks and the open one.
 
         Args: as Attender.attend; returns [rows, heads, value_dim].
         """
-        cache = self._cache
-        open_keys, open_values = cache.open_keys[layer], cache.open_values[layer]
-        plan = self._plan(scoring.visibility)
-        output, weights = decode_attention(
-            query.transpose(0, 1),
-            self._sealed(layer, plan),
-            OpenBlocks(open_keys, open_values, self._open_slots, self._open_counts),
-            plan.first,
-            scale=scoring.scale,
-            softcap=scoring.softcap,
-            sink_logits=scoring.sinks,
-            with_weights=self._is_probing,
-            fresh=(key.transpose(0, 1), value.transpose(0, 1)),
+        return (
+            self._step(layer, scoring.visibility)
+            .attend(
+                layer if self._is_direct else 0,
+                query.transpose(0, 1),
+                (key.transpose(0, 1), value.transpose(0, 1)),
+                scale=scoring.scale,
+                softcap=scoring.softcap,
+                sink_logits=scoring.sinks,
+                weights=None if self._weights is None else self._weights[layer],
+            )
+            .to(query.dtype)
         )
-        if weights is not None:
-            cache.open_scores[layer, self._slots[self._probing]] += weights[self._probing]
-        if self.full:
+
+    def seal(self) -> None:
+        """After the last layer: notes what the probe rows paid, and seals the blocks that became full."""
+        cache = self._cache
+        if self._weights is not None:
+            cache.open_scores[:, self._slots[self._probing]] += self._weights[:, self._probing]
+        for layer in range(cache.layout.layers) if self.full else ():
             status = cache.codec.write_blocks(
                 layer,
                 self._full_slabs,
                 self._full_sinks,
-                open_keys[self._full_slots],
-                open_values[self._full_slots],
+                cache.open_keys[layer, self._full_slots],
+                cache.open_values[layer, self._full_slots],
                 cache.open_scores[layer, self._full_slots],
             )
             if status is not None:
                 self.refused.append((layer, status))
-        return output.to(query.dtype)
 
-    def _sealed(self, layer: int, plan: _Plan) -> SealedBlocks:
-        """The rows' blocks as they are, or decoded where the codec must."""
-        sealed, table = self._cache.codec.sealed(layer), plan.table
+    def _step(self, layer: int, visibility: Visibility) -> DecodeStep:
+        """Attention over the rows' blocks as they are, the same for all layers; or decoded, where the codec must."""
+        step = self._steps.get(visibility)
+        if step is not None:
+            return step
+        cache, plan = self._cache, self._plan(visibility)
+        sealed, table, layers = cache.codec.sealed(), plan.table, slice(None)
         if sealed is None:
-            keys, values = self._cache.codec.read_blocks(layer, plan.slabs, plan.sink_slabs)
+            keys, values = cache.codec.read_blocks(layer, plan.slabs, plan.sink_slabs)
             form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
             data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)
-            sealed, table = Sealed(form, data, self._cache.arenas.sinks), plan.index
-        return SealedBlocks(sealed.form, sealed.data, table, plan.counts, plan.starts, sealed.sinks, self._row_sinks)
+            sealed, table, layers = Sealed(form, data[:, None], data.new_empty(0, 1, 0)), plan.index, slice(layer, None)
+        blocks = SealedBlocks(sealed.form, sealed.data, table, plan.counts, plan.starts, sealed.sinks, self._row_sinks)
+        opened = OpenBlocks(cache.open_keys[layers], cache.open_values[layers], self._open_slots, self._open_counts)
+        step = DecodeStep(blocks, opened, plan.first)
+        if self._is_direct:
+            self._steps[visibility] = step
+        return step
 
     def _plan(self, visibility: Visibility) -> _Plan:
         plan = self._plans.get(visibility)

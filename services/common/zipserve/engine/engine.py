@@ -82,6 +82,7 @@ class Engine:
             logits = self.model.logits(batch.token_ids, batch.positions, rows)
         if batch.calls != self.cache.layout.layers:
             raise InternalError(f"{batch.calls} layers attended through the engine, not {self.cache.layout.layers}")
+        batch.seal()
         return logits
 
     def _check(self, segments: SequenceOf[Segment]) -> None:

@@ -20,13 +20,13 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Sealed:
-    """One layer of all blocks, as zipserve.kernels.attention reads it."""
+    """All layers of all blocks, as zipserve.kernels.attention.DecodeStep reads them."""
 
     form: ZipFormat | RawFormat
     data: torch.Tensor
-    """uint8 [slabs, form.layer_bytes]"""
+    """uint8 [slabs, layers, form.layer_bytes]"""
     sinks: torch.Tensor
-    """uint8 [sinks slabs, form.sinks_layer_bytes]"""
+    """uint8 [sinks slabs, layers, form.sinks_layer_bytes]; without sinks nothing of the sort."""
 
 
 class Codec(Protocol):
@@ -65,5 +65,5 @@ class Codec(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decodes one layer of blocks: keys and values, shaped as in `write_blocks`, in the model's dtype."""
 
-    def sealed(self, layer: int) -> Sealed | None:
+    def sealed(self) -> Sealed | None:
         """What attention reads without decoding; None where blocks must be decoded first."""

@@ -20,7 +20,7 @@ class RawCodec:
         self._form = RawFormat(
             layout.kv_heads, layout.key_dim, layout.value_dim, layout.block_tokens, TORCH_DTYPES[layout.dtype]
         )
-        self._sinks = arenas.sinks
+        self._sinks = arenas.sinks.new_empty(0, layout.layers, 0)
 
     def write_blocks(
         self,
@@ -42,5 +42,5 @@ class RawCodec:
         keys = torch.unflatten(heads[..., : self._key_elements], 2, (form.block_tokens, form.key_dim))
         return keys, torch.unflatten(heads[..., self._key_elements :], 2, (form.block_tokens, form.value_dim))
 
-    def sealed(self, layer: int) -> Sealed | None:
-        return Sealed(self._form, self._heads[:, layer].flatten(1).view(torch.uint8), self._sinks)
+    def sealed(self) -> Sealed | None:
+        return Sealed(self._form, self._heads.flatten(2).view(torch.uint8), self._sinks)

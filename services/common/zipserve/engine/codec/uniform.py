@@ -57,7 +57,7 @@ class _Uniform:
         self._fields = views(layout, SlabKind.BLOCK, layout.block_tokens, arenas.blocks)
         self._dtype = TORCH_DTYPES[layout.dtype]
 
-    def sealed(self, layer: int) -> Sealed | None:
+    def sealed(self) -> Sealed | None:
         """See Codec."""
         return None
 

@@ -42,5 +42,5 @@ class ZipCodec:
         keys, values = dequantize(self._blocks[:, layer], slabs, self._form, self._sinks[:, layer], sink_slabs)
         return keys.to(self._dtype), values.to(self._dtype)
 
-    def sealed(self, layer: int) -> Sealed | None:
-        return Sealed(self._form, self._blocks[:, layer], self._sinks[:, layer])
+    def sealed(self) -> Sealed | None:
+        return Sealed(self._form, self._blocks, self._sinks)

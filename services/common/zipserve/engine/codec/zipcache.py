@@ -89,7 +89,7 @@ class ZipCacheCodec:
             all_values.gather(2, slot.expand_as(all_values)).to(self._dtype),
         )
 
-    def sealed(self, layer: int) -> Sealed | None:
+    def sealed(self) -> Sealed | None:
         return None
 
     def _classes(self) -> list[tuple[str, slice]]:
