@@ -18,7 +18,14 @@ from zipserve.common.models import ModelFiles
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.duration import to_duration
 from zipserve.common.settings import ServiceSettings
-from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeFinished, DecodeRequest, DecodeResponse, Pulled
+from zipserve.v1.decode_service_pb2 import (
+    Computed,
+    DecodedTokens,
+    DecodeFinished,
+    DecodeRequest,
+    DecodeResponse,
+    Pulled,
+)
 from zipserve.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import (
@@ -195,9 +202,13 @@ class _Decode(DecodeServiceServicer):
         complete = False
         try:
             await peer.before(request)
-            pulled = Pulled(bytes=4096, blocks=1, transfer_time=to_duration(0.125), verify_time=to_duration(0.125))
-            yield DecodeResponse(pulled=pulled)
-            start = int(request.handle.claims.split()[-1]) + 1
+            if request.prompt_token_ids:
+                yield DecodeResponse(computed=Computed(queue_time=to_duration(0.25), compute_time=to_duration(0.5)))
+                start = len(request.prompt_token_ids)
+            else:
+                pulled = Pulled(bytes=4096, blocks=1, transfer_time=to_duration(0.125), verify_time=to_duration(0.125))
+                yield DecodeResponse(pulled=pulled)
+                start = int(request.handle.claims.split()[-1]) + 1
             reason = FinishReason.FINISH_REASON_LENGTH
             for first in range(start, start + request.max_new_tokens, peer.tokens_per_event):
                 last = min(first + peer.tokens_per_event, start + request.max_new_tokens)

@@ -63,6 +63,14 @@ def test_children_of_a_stack() -> None:
     assert {"--listen=127.0.0.1:50051", "--model=a-model"} < set(children[0].command)
 
 
+def test_without_prefill_workers_the_decode_workers_compute_the_prompts() -> None:
+    children = plan.children(_stack(prefill=0, decode=2), cores=4)
+    assert [child.name for child in children] == ["router", "decode-0", "decode-1", "kvstore-0"]
+    assert "--local-prefill-tokens-max=-1" in children[0].command
+    assert all("--threads=2" in child.command for child in children[1:3])
+    assert parser.build().parse_args(["up", "--prefill", "0"]).prefill == 0
+
+
 def test_workers_take_given_sizes() -> None:
     children = plan.children(_stack(threads=5, kv_blocks=64), cores=8)
     workers = [child for child in children if child.role in ("prefill", "decode")]
@@ -104,7 +112,8 @@ def test_bad_overrides_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["up", "--prefill", "0"],
+        ["up", "--prefill", "-1"],
+        ["up", "--decode", "0"],
         ["up", "--listen", "50051"],
         ["up", "--listen", "127.0.0.1:70000"],
         ["up", "--set", "nothing.field=1"],

@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipserve.router.policy import InFlight, Need, Pair, Worker, WorkerKey, choose, missing
+from zipserve.router.policy import InFlight, Need, Pair, Worker, WorkerKey, choose, choose_alone, missing
 
 NEED = Need("m", "r1", tokens=100)
 
@@ -160,3 +160,16 @@ def test_missing_names_what_is_missing() -> None:
     assert "they serve m@r2" in missing([p], [worker("d1", revision="r2")], NEED)
     assert "takes 100 tokens, the longest context is 50" in missing([worker("p1", context_tokens=50)], [d], NEED)
     assert "zip 4/32" in missing([p], [worker("d1", readable_layouts=frozenset({b"B"}))], NEED)
+
+
+def test_a_decode_worker_alone() -> None:
+    decodes = [worker("d1", running_requests=1), worker("d2", parked_requests=2), worker("d3", context_tokens=50)]
+    route = choose_alone(decodes, NEED, InFlight())
+    assert route is not None
+    assert route.decode.worker_id == "d1"
+    assert route.workers == (route.decode,)
+    failed = choose_alone(decodes, NEED, InFlight(), failed={("d1", 1)})
+    assert failed is not None
+    assert failed.decode.worker_id == "d2"
+    assert choose_alone(decodes[2:], NEED, InFlight()) is None
+    assert missing(None, decodes[2:], NEED) == "no decode worker takes 100 tokens, the longest context is 50"

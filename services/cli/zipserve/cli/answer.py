@@ -77,10 +77,11 @@ class Answer:
         if usage.replays:
             tokens += f", replayed {usage.replays} times"
         transfer = f"{moved.tokens} tokens, pulled and verified in {_ms(_s(times.transfer))}"
+        kv = f"KV over NIXL: {moved.bytes} bytes ({_size(moved.bytes)}), {moved.blocks} blocks, {transfer}"
         return [
             f"TTFT {_ms(self.ttft_s)}, TPOT {_ms(self.tpot_s)}{_rate(self.tpot_s)}, {tokens}",
             f"prefill {_ms(_s(times.prefill))}, {_ms(_s(times.queue))} in its queue, decode {_ms(_s(times.decode))}",
-            f"KV over NIXL: {moved.bytes} bytes ({_size(moved.bytes)}), {moved.blocks} blocks, {transfer}",
+            kv if moved.bytes else "KV over NIXL: none, the prompt was computed where it is continued",
         ]
 
     def as_json(self) -> dict[str, Any]:

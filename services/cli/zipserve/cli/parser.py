@@ -34,7 +34,10 @@ def build() -> argparse.ArgumentParser:
 
 
 def _add_up(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prefill", type=_count, default=1, metavar="N", help="prefill workers (default: 1)")
+    parser.add_argument(
+        "--prefill", type=_count_or_none, default=1, metavar="N",
+        help="prefill workers (default: 1); 0: the decode workers compute all prompts themselves",
+    )  # fmt: skip
     parser.add_argument("--decode", type=_count, default=1, metavar="M", help="decode workers (default: 1)")
     parser.add_argument("--model", help="folder or Hugging Face id (default: SmolLM2-135M-Instruct, converted once)")
     parser.add_argument("--redis", metavar="URL", help="Redis to use (default: start one)")
@@ -111,6 +114,10 @@ def _bias(text: str) -> tuple[int, float]:
         return int(token_id), float(bias)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form ID=BIAS") from None
+
+
+def _count_or_none(text: str) -> int:
+    return 0 if text == "0" else _count(text)
 
 
 def _seconds(text: str) -> float:

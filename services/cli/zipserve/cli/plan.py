@@ -31,6 +31,7 @@ class Stack:
     """What the processes of one stack share, and what the user chose."""
 
     prefill: int
+    """Prefill workers; without any, the decode workers compute the prompts."""
     decode: int
     model: str
     listen: str
@@ -80,8 +81,11 @@ def children(stack: Stack, cores: int) -> list[ChildSpec]:
         of_worker["kv_blocks"] = str(stack.kv_blocks)
     if stack.codec is not None:
         of_worker["codec"] = stack.codec
+    of_router = {"model": stack.model, "listen": stack.listen}
+    if not stack.prefill:
+        of_router["local_prefill_tokens_max"] = "-1"
     return [
-        _child(stack, "router", "router", {"model": stack.model, "listen": stack.listen}, 1),
+        _child(stack, "router", "router", of_router, 1),
         *(
             _child(stack, service, f"{service}-{index}", {**of_worker, "threads": str(share)}, share)
             for (service, index), share in zip(workers, threads, strict=True)

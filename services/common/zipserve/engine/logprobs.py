@@ -10,6 +10,18 @@ _ROWS = 64
 """Logits that are taken at once: a log-softmax of a whole prompt would need as much memory as its logits."""
 
 
+def prompt_logprobs(logits: torch.Tensor, prompt: SequenceOf[int], start: int, top: int) -> list[TokenLogprobs]:
+    """Those of the tokens that follow a chunk's; after the prompt's last token there is none.
+
+    Args:
+        logits: float32 [chunk's tokens, vocab].
+        start: position of the chunk's first token in `prompt`.
+        top: see `token_logprobs`.
+    """
+    following = prompt[start + 1 : start + len(logits) + 1]
+    return token_logprobs(logits[: len(following)], following, top)
+
+
 def token_logprobs(logits: torch.Tensor, token_ids: SequenceOf[int], top: int) -> list[TokenLogprobs]:
     """The log-softmax of each row at its token and at the row's `top` highest logits, highest first.
 

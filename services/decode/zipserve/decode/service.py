@@ -15,6 +15,7 @@ from zipserve.common.transfer.puller import KvPuller
 from zipserve.common.transport import Transport, TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
 from zipserve.decode.config import DecodeSettings
+from zipserve.decode.pacing import Pacing
 from zipserve.decode.scheduler import DecodeScheduler
 from zipserve.decode.servicer import DecodeServicer
 from zipserve.decode.stream import Stream
@@ -65,7 +66,8 @@ class DecodeService:
             parked_bytes_max=settings.parked_bytes_max,
             parked_bytes=partial(parked_bytes, device.layout),
         )
-        self.worker = DecodeWorker(device, self.scheduler, self.puller, self.metrics)
+        pacing = Pacing(device.step_tokens, settings.step_slowdown_max)
+        self.worker = DecodeWorker(device, self.scheduler, self.puller, pacing, self.metrics)
         self._tasks = [
             asyncio.create_task(self.worker.run(), name="decode-loop"),
             asyncio.create_task(self._connect_early(self._registry), name="connect-early"),

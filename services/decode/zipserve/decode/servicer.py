@@ -1,14 +1,15 @@
 """DecodeService: protos to domain and back."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from zipserve.common.errors import InvalidRequestError, ZipserveError
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import Sampling
-from zipserve.decode.stream import Continuation, Finish, Stream
+from zipserve.decode.stream import Computed, Continuation, Finish, Stream
 from zipserve.decode.worker import DecodeWorker
 from zipserve.engine.device import Device
 from zipserve.engine.sampling import Drawn, Sampler
@@ -25,36 +26,32 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
 
     async def Decode(
         self, request: decode_service_pb2.DecodeRequest, context: Context
-    ) -> AsyncIterator[decode_service_pb2.DecodeResponse]:
+    ) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
         deadline = Deadline.of(context, self._deadline_default_s)
         continuation = self._continuation(request)
-        async with self._worker.stream(request.handle, continuation, deadline) as stream:
-            yield decode_service_pb2.DecodeResponse(pulled=_pulled(stream))
-            position = stream.first_position
-            while True:
-                async with asyncio.timeout(deadline.remaining_s()):
-                    item = await stream.output.get()
-                tokens: list[Drawn] = []
-                while isinstance(item, Drawn):
-                    tokens.append(item)
-                    if stream.output.empty():
-                        break
-                    item = stream.output.get_nowait()
-                if tokens:
-                    yield decode_service_pb2.DecodeResponse(tokens=_decoded(position, tokens))
-                    position += len(tokens)
-                if isinstance(item, ZipserveError):
-                    raise item
-                if isinstance(item, Finish):
-                    finished = decode_service_pb2.DecodeFinished(reason=item.reason)
-                    yield decode_service_pb2.DecodeResponse(finished=finished)
-                    return
+        if continuation.prompt:
+            async with (
+                self._worker.computed(continuation, deadline) as stream,
+                aclosing(_told(stream, deadline)) as events,
+            ):
+                async for event in events:
+                    yield event
+        else:
+            async with self._worker.pulled(request.handle, continuation, deadline) as stream:
+                yield decode_service_pb2.DecodeResponse(pulled=_pulled(stream))
+                async with aclosing(_told(stream, deadline)) as events:
+                    async for event in events:
+                        yield event
 
     def _continuation(self, request: decode_service_pb2.DecodeRequest) -> Continuation:
         if request.max_new_tokens < 1:
             raise InvalidRequestError("max_new_tokens is 0, must be at least 1", field="max_new_tokens")
+        if request.HasField("handle") == bool(request.prompt_token_ids):
+            raise InvalidRequestError("needs either a handle or prompt_token_ids", field="handle")
+        past = request.prompt_token_ids or [*request.past_token_ids, request.token_id]
         for field, token_id in (
             ("token_id", request.token_id),
+            ("prompt_token_ids", max(request.prompt_token_ids, default=0)),
             ("past_token_ids", max(request.past_token_ids, default=0)),
         ):
             if token_id >= self._device.vocab_tokens:
@@ -68,7 +65,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             token_id=request.token_id,
             sampling=Sampler(
                 params,
-                [*request.past_token_ids, request.token_id],
+                past,
                 prompt_tokens=request.prompt_tokens,
                 min_tokens=request.min_tokens,
                 stop_token_ids=request.stop_token_ids,
@@ -76,7 +73,41 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
             max_new_tokens=request.max_new_tokens,
             stop_token_ids=frozenset(request.stop_token_ids),
             priority=request.priority,
+            prompt=tuple(request.prompt_token_ids),
         )
+
+
+async def _told(stream: Stream, deadline: Deadline) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
+    """What comes out of a stream, tokens that are there together in one event."""
+    position = stream.first_position
+    while True:
+        async with asyncio.timeout(deadline.remaining_s()):
+            item = await stream.output.get()
+        if isinstance(item, Computed):
+            yield decode_service_pb2.DecodeResponse(computed=_computed(item))
+            continue
+        tokens: list[Drawn] = []
+        while isinstance(item, Drawn):
+            tokens.append(item)
+            if stream.output.empty():
+                break
+            item = stream.output.get_nowait()
+        if tokens:
+            yield decode_service_pb2.DecodeResponse(tokens=_decoded(position, tokens))
+            position += len(tokens)
+        if isinstance(item, ZipserveError):
+            raise item
+        if isinstance(item, Finish):
+            yield decode_service_pb2.DecodeResponse(finished=decode_service_pb2.DecodeFinished(reason=item.reason))
+            return
+
+
+def _computed(item: Computed) -> decode_service_pb2.Computed:
+    return decode_service_pb2.Computed(
+        queue_time=to_duration(item.queue_s),
+        compute_time=to_duration(item.compute_s),
+        prompt_logprobs=item.prompt_logprobs,
+    )
 
 
 def _decoded(position: int, tokens: list[Drawn]) -> decode_service_pb2.DecodedTokens:

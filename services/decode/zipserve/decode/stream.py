@@ -8,21 +8,33 @@ from zipserve.common.transfer.puller import PullStats
 from zipserve.decode.scheduler import Ticket
 from zipserve.engine.parking import ParkedKv
 from zipserve.engine.sampling import Drawn, Sampler
-from zipserve.engine.sequence import Sequence
-from zipserve.v1.sampling_pb2 import FinishReason
+from zipserve.engine.sequence import Segment, Sequence
+from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """What to generate after the pulled KV."""
+    """What to generate after the pulled KV, or after a prompt."""
 
     request_id: str
     token_id: int
-    """Newest token of the sequence, whose KV is computed here."""
+    """Newest token of the sequence, whose KV is computed here; of no meaning if there is a prompt."""
     sampling: Sampler
     max_new_tokens: int
     stop_token_ids: frozenset[int]
     priority: int = 0
+    prompt: tuple[int, ...] = ()
+    """The whole sequence so far, if it is to be computed here and not pulled."""
+
+
+@dataclass(frozen=True)
+class Computed:
+    """What computing a prompt here took."""
+
+    queue_s: float
+    compute_s: float
+    prompt_logprobs: list[TokenLogprobs]
+    """Of its tokens but the first, if they were asked for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,10 @@ class Stream:
     ticket: "Ticket[Stream]" = field(init=False)
     sequence: Sequence = field(init=False)
     admitted: asyncio.Event = field(default_factory=asyncio.Event)
+    joined_s: float = 0.0
+    """When it came into the batch."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens computed so far."""
     pulled: PullStats = field(default_factory=lambda: PullStats(0, 0, 0.0, 0.0))
     queue_s: float = 0.0
     parked: ParkedKv | None = None
@@ -50,8 +66,31 @@ class Stream:
     generated: int = 0
     gone: bool = False
     """Finished, failed or abandoned; freed as soon as the device does not use it."""
-    output: "asyncio.Queue[Drawn | Finish | ZipserveError]" = field(default_factory=asyncio.Queue)
-    """Tokens, then what ended the stream; never more than max_new_tokens + 1 entries."""
+    output: "asyncio.Queue[Computed | Drawn | Finish | ZipserveError]" = field(default_factory=asyncio.Queue)
+    """Tokens, then what ended the stream; never more than max_new_tokens + 2 entries."""
+
+    @property
+    def priority(self) -> int:
+        """Higher goes first."""
+        return self.continuation.priority
+
+    @property
+    def number(self) -> int:
+        """Of its arrival."""
+        return self.ticket.number
+
+    @property
+    def left(self) -> int:
+        """Tokens of its prompt that are still to be computed here."""
+        return max(0, len(self.continuation.prompt) - self.sequence.length)
+
+    def next_tokens(self, count: int) -> Segment:
+        """The next `count` tokens of its prompt; the newest token when there are none left."""
+        start, prompt = self.sequence.length, self.continuation.prompt
+        if not self.left:
+            return Segment(self.sequence, [self.next_input])
+        wants_logprobs = self.continuation.sampling.params.prompt_logprobs is not None
+        return Segment(self.sequence, prompt[start : start + count], wants_logprobs)
 
     def place(self) -> None:
         """Tells the sequence where it lies now."""

@@ -1,11 +1,12 @@
-"""Pulls sequences in, steps all of them together, and hands out their tokens."""
+"""Pulls sequences in or computes their prompts, steps all of them together, and hands out their tokens."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from zipserve.common import log
+from zipserve.common.chunking import share
 from zipserve.common.errors import (
     DeadlineError,
     DrainingError,
@@ -18,28 +19,40 @@ from zipserve.common.kv.layout import SlabKind
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.transfer.puller import KvPuller
+from zipserve.decode.pacing import Pacing
 from zipserve.decode.scheduler import DecodeScheduler, Ticket
-from zipserve.decode.stream import Continuation, Finish, Stream
+from zipserve.decode.stream import Computed, Continuation, Finish, Stream
 from zipserve.engine.device import Device
+from zipserve.engine.logprobs import prompt_logprobs
 from zipserve.engine.parking import ParkedKv, park, restore
 from zipserve.engine.sampling import Drawn, draw
-from zipserve.engine.sequence import Segment, Sequence
+from zipserve.engine.sequence import Sequence
 from zipserve.v1 import kv_pb2
 from zipserve.v1.sampling_pb2 import FinishReason
 
 _log = log.get()
 
-_Outcome = Drawn | ZipserveError
-"""Of one stream of a step: its next token, or why it failed."""
+Turn = tuple[Stream, int]
+"""A stream of a step, and how many of its tokens are computed."""
+_Outcome = Drawn | ZipserveError | None
+"""Of one stream of a step: its next token, or why it failed; None: its prompt goes on."""
 
 
 class DecodeWorker:
     """All sequences of one decode worker. Lives in the event loop; `_step` and `_park` do not."""
 
-    def __init__(self, device: Device, scheduler: DecodeScheduler[Stream], puller: KvPuller, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        device: Device,
+        scheduler: DecodeScheduler[Stream],
+        puller: KvPuller,
+        pacing: Pacing,
+        metrics: Metrics,
+    ) -> None:
         self._device = device
         self._scheduler = scheduler
         self._puller = puller
+        self._pacing = pacing
         self._metrics = metrics
         self._in_use: list[Stream] = []
         """Streams whose slabs the device is working on."""
@@ -50,7 +63,7 @@ class DecodeWorker:
         self.draining = False
 
     @asynccontextmanager
-    async def stream(
+    async def pulled(
         self, handle: kv_pb2.KvHandle, continuation: Continuation, deadline: Deadline
     ) -> AsyncIterator[Stream]:
         """Admits, pulls, verifies and joins a sequence. Leaving the context frees everything, at any point.
@@ -60,31 +73,70 @@ class DecodeWorker:
             HandoffError: its KV could not be read, or its lease was lost while it waited; everything is freed again.
             DeadlineError: waiting or reading took too long.
         """
+        with self._counted():
+            claims = self._puller.open(handle)
+            with self._opened(continuation, claims.tokens, claims.tokens + continuation.max_new_tokens) as stream:
+                stream.sequence.length = stream.ticket.tail_of = claims.tokens
+                async with self._puller.lease(claims, continuation.request_id) as lease:
+                    self._scheduler.submit(stream.ticket)
+                    await lease.while_alive(self._admitted(stream, deadline))
+                    free = {kind: iter(stream.ticket.slabs.of(kind)) for kind in SlabKind}
+                    slabs = [next(free[SlabKind(ref.kind)]) for ref in claims.refs]
+                    stream.pulled = await lease.pull(slabs, deadline)
+                stream.first_position = claims.tokens + 1
+                stream.ticket.tokens += 1
+                self._join(stream)
+                yield stream
+
+    @asynccontextmanager
+    async def computed(self, continuation: Continuation, deadline: Deadline) -> AsyncIterator[Stream]:
+        """Admits and joins a sequence whose prompt is computed here. Leaving the context frees everything.
+
+        Raises:
+            DrainingError, OverloadedError, InvalidRequestError: it was not accepted.
+            DeadlineError: waiting took too long.
+        """
+        tokens = len(continuation.prompt)
+        with self._counted(), self._opened(continuation, tokens, tokens + continuation.max_new_tokens - 1) as stream:
+            self._scheduler.submit(stream.ticket)
+            await self._admitted(stream, deadline)
+            self._join(stream)
+            yield stream
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         if self.draining:
             raise DrainingError("this decode worker is going away")
         self._requests += 1
         self._idle.clear()
-        stream: Stream | None = None
         try:
-            claims = self._puller.open(handle)
-            stream = self._new_stream(continuation, claims.tokens)
-            async with self._puller.lease(claims, continuation.request_id) as lease:
-                started_s = time.monotonic()
-                self._scheduler.submit(stream.ticket)
-                await lease.while_alive(self._admitted(stream, deadline))
-                stream.queue_s = time.monotonic() - started_s
-                free = {kind: iter(stream.ticket.slabs.of(kind)) for kind in SlabKind}
-                stream.pulled = await lease.pull([next(free[SlabKind(ref.kind)]) for ref in claims.refs], deadline)
-            stream.ticket.tokens = claims.tokens + 1
-            self._scheduler.start(stream.ticket)
-            self._work.set()
-            yield stream
+            yield
         finally:
-            if stream is not None:
-                self._end(stream)
             self._requests -= 1
             if not self._requests:
                 self._idle.set()
+
+    @contextmanager
+    def _opened(self, continuation: Continuation, tokens: int, total: int) -> Iterator[Stream]:
+        """A stream of `tokens` tokens now and `total` in the end; ended with the context."""
+        if tokens + continuation.max_new_tokens > self._device.context_tokens:
+            raise InvalidRequestError(
+                f"{tokens} tokens and {continuation.max_new_tokens} new ones exceed the context of "
+                f"{self._device.context_tokens}",
+                field="max_new_tokens",
+            )
+        stream = Stream(continuation, tokens, continuation.token_id)
+        stream.ticket = Ticket(tokens, total, stream, self._on_admitted, continuation.priority)
+        stream.sequence = Sequence(stream.ticket.slabs.blocks, -1)
+        try:
+            yield stream
+        finally:
+            self._end(stream)
+
+    def _join(self, stream: Stream) -> None:
+        stream.joined_s = time.monotonic()
+        self._scheduler.start(stream.ticket)
+        self._work.set()
 
     async def drained(self) -> None:
         """Returns when no sequence is left."""
@@ -97,19 +149,26 @@ class DecodeWorker:
             self._work.clear()
             while (victim := self._scheduler.victim()) is not None:
                 await self._make_room(victim.payload)
-            streams = [ticket.payload for ticket in self._scheduler.grow()]
+            turns = self._turns([ticket.payload for ticket in self._scheduler.grow()])
             self._note_levels()
-            if streams:
-                await self._run_step(streams)
+            if turns:
+                await self._run_step(turns)
                 self._work.set()
 
-    async def _run_step(self, streams: list[Stream]) -> None:
-        for stream in streams:
+    def _turns(self, streams: list[Stream]) -> list[Turn]:
+        """Who computes how many tokens in the next step: all that decode one each, prompts share what that allows."""
+        decoding = [stream for stream in streams if not stream.left]
+        prompts = [stream for stream in streams if stream.left]
+        shares = share(prompts, self._pacing.chunk_tokens(len(decoding)))
+        return [*((stream, 1) for stream in decoding), *shares.items()]
+
+    async def _run_step(self, turns: list[Turn]) -> None:
+        self._in_use = [stream for stream, _ in turns]
+        for stream in self._in_use:
             stream.place()
-        self._in_use = streams
-        outcomes = await self._try_step(streams)
+        outcomes = await self._try_step(turns)
         self._in_use = []
-        for stream, outcome in zip(streams, outcomes, strict=True):
+        for (stream, _), outcome in zip(turns, outcomes, strict=True):
             if isinstance(outcome, ZipserveError):
                 self._finish(stream, outcome)
             elif not stream.gone:
@@ -117,16 +176,20 @@ class DecodeWorker:
             if stream.gone:
                 self._free(stream)
 
-    async def _try_step(self, streams: list[Stream]) -> list[_Outcome]:
+    async def _try_step(self, turns: list[Turn]) -> list[_Outcome]:
+        rows = sum(not stream.left for stream, _ in turns)
+        tokens = sum(count for stream, count in turns if stream.left)
         started_s = time.monotonic()
         try:
-            return await self._device.run(self._step, streams)
+            outcomes = await self._device.run(self._step, turns)
         except Exception:  # noqa: BLE001  # one bad step must not end the worker
-            _log.exception("step.failed", requests=[s.continuation.request_id for s in streams])
+            _log.exception("step.failed", requests=[stream.continuation.request_id for stream, _ in turns])
             error = UnavailableError("a decode step failed; the worker's log has the details")
-            return [error for _ in streams]
-        finally:
-            self._metrics.step_seconds.observe(time.monotonic() - started_s)
+            return [error for _ in turns]
+        seconds = time.monotonic() - started_s
+        self._pacing.note(rows, tokens, seconds)
+        self._metrics.step_seconds.observe(seconds)
+        return outcomes
 
     async def _make_room(self, stream: Stream) -> None:
         """Parks a stream, or ends it where there is no room to park."""
@@ -154,10 +217,17 @@ class DecodeWorker:
         finally:
             self._in_use = []
 
-    def _advance(self, stream: Stream, drawn: Drawn) -> None:
-        token_id = drawn.token_id
+    def _advance(self, stream: Stream, drawn: Drawn | None) -> None:
+        """After a step: its slabs are filled, and it has a new token unless its prompt goes on."""
         stream.parked = None
         self._scheduler.free_tail(stream.ticket)
+        if drawn is None:
+            return
+        if stream.continuation.prompt and not stream.generated:
+            compute_s = time.monotonic() - stream.joined_s
+            stream.output.put_nowait(Computed(stream.queue_s, compute_s, stream.prompt_logprobs))
+            self._metrics.prompt_tokens.inc(len(stream.continuation.prompt))
+        token_id = drawn.token_id
         stream.output.put_nowait(drawn)
         stream.next_input = token_id
         stream.continuation.sampling.append(token_id)
@@ -193,39 +263,37 @@ class DecodeWorker:
         metrics.parked_bytes.set(scheduler.parked_bytes)
         metrics.free_blocks.set(scheduler.pools.blocks.free)
 
-    def _new_stream(self, continuation: Continuation, tokens: int) -> Stream:
-        total = tokens + continuation.max_new_tokens
-        if total > self._device.context_tokens:
-            raise InvalidRequestError(
-                f"{tokens} tokens and {continuation.max_new_tokens} new ones exceed the context of "
-                f"{self._device.context_tokens}",
-                field="max_new_tokens",
-            )
-        stream = Stream(continuation, tokens + 1, continuation.token_id)
-        stream.ticket = Ticket(tokens, total, stream, self._on_admitted, continuation.priority, tail_of=tokens)
-        stream.sequence = Sequence(stream.ticket.slabs.blocks, -1, tokens)
-        return stream
-
     def _on_admitted(self, ticket: Ticket[Stream]) -> None:
         ticket.payload.admitted.set()
         self._work.set()
 
     async def _admitted(self, stream: Stream, deadline: Deadline) -> None:
+        started_s = time.monotonic()
         try:
             async with asyncio.timeout(deadline.remaining_s()):
                 await stream.admitted.wait()
         except TimeoutError as error:
             raise DeadlineError("the deadline passed while waiting for KV blocks on the decode worker") from error
+        stream.queue_s = time.monotonic() - started_s
 
     # In the device's thread.
 
-    def _step(self, streams: list[Stream]) -> list[_Outcome]:
+    def _step(self, turns: list[Turn]) -> list[_Outcome]:
+        streams = [stream for stream, _ in turns]
         for stream in streams:
             self._open(stream)
-        step = self._device.engine.forward([Segment(s.sequence, [s.next_input]) for s in streams])
-        positions = [s.first_position + s.generated for s in streams]
-        tokens = draw(step.logits, [s.continuation.sampling for s in streams], positions)
-        return [step.failed.get(i) or drawn for i, drawn in enumerate(tokens)]
+        starts = [stream.sequence.length for stream in streams]
+        step = self._device.engine.forward([stream.next_tokens(count) for stream, count in turns])
+        for i, rows in step.every.items():
+            top = streams[i].continuation.sampling.params.prompt_logprobs or 0
+            streams[i].prompt_logprobs += prompt_logprobs(rows, streams[i].continuation.prompt, starts[i], top)
+        outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(turns))]
+        last = [i for i, stream in enumerate(streams) if not stream.left and outcomes[i] is None]
+        samplers = [streams[i].continuation.sampling for i in last]
+        positions = [streams[i].first_position + streams[i].generated for i in last]
+        for i, drawn in zip(last, draw(step.logits[last], samplers, positions), strict=True):
+            outcomes[i] = drawn
+        return outcomes
 
     def _park(self, stream: Stream) -> ParkedKv:
         self._open(stream)

@@ -4,8 +4,6 @@ import asyncio
 import time
 from dataclasses import dataclass, field
 
-import torch
-
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, KvValueError, UnavailableError, ZipserveError
 from zipserve.common.kv import header, prefix
@@ -15,7 +13,7 @@ from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
-from zipserve.engine.logprobs import token_logprobs
+from zipserve.engine.logprobs import prompt_logprobs
 from zipserve.engine.sampling import Drawn, Sampler, draw
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
@@ -200,7 +198,9 @@ class PrefillWorker:
         tokens = draw(step.logits[last], [prompts[i].sampling for i in last], [len(prompts[i].token_ids) for i in last])
         outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(chunks))]
         for i, rows in step.every.items():
-            _gather_logprobs(chunks[i], rows)
+            prompts[i].logprobs += prompt_logprobs(
+                rows, prompts[i].token_ids, chunks[i].job.computed, prompts[i].sampling.params.prompt_logprobs or 0
+            )
         for i, drawn in zip(last, tokens, strict=True):
             try:
                 outcomes[i] = outcomes[i] or _Computed(drawn, self._seal(chunks[i].job))
@@ -237,13 +237,6 @@ def _segment(chunk: Chunk[Prompt]) -> Segment:
     assert sequence is not None
     wants_logprobs = job.payload.sampling.params.prompt_logprobs is not None
     return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens], wants_logprobs)
-
-
-def _gather_logprobs(chunk: Chunk[Prompt], logits: torch.Tensor) -> None:
-    """Adds those of the tokens that follow the chunk's; after the prompt's last token there is none."""
-    prompt, computed = chunk.job.payload, chunk.job.computed
-    following = prompt.token_ids[computed + 1 : computed + chunk.tokens + 1]
-    prompt.logprobs += token_logprobs(logits[: len(following)], following, prompt.sampling.params.prompt_logprobs or 0)
 
 
 def _ref(identity: SlabIdentity, slab: int, checksum: int) -> kv_pb2.BlockRef:

@@ -30,6 +30,9 @@ class RouterSettings(ServiceSettings):
     """Most stop token ids of a request."""
     deadline_default_s: float = Field(600.0, gt=0.0)
     """Longest time for a request, in seconds: its deadline where the client sets none or a later one."""
+    local_prefill_tokens_max: int = Field(0, ge=-1)
+    """A prompt of at most so many tokens is computed on the decode worker, and none of its KV is moved. 0: never. -1:
+    always; then no prefill worker is needed."""
     worker_wait_s: float = Field(30.0, ge=0.0)
     """How long a request waits for a pair of workers that can serve it, in seconds."""
     attempts_max: int = Field(8, ge=1)

@@ -94,7 +94,7 @@ class Frontend:
         self._now = now
         self._admission = Admission(settings.requests_max, settings.queue_tokens_max)
         self._in_flight = InFlight()
-        self._rules = Rules(settings.worker_wait_s, settings.attempts_max)
+        self._rules = Rules(settings.worker_wait_s, settings.attempts_max, settings.local_prefill_tokens_max)
         self._idle = asyncio.Event()
         self._idle.set()
 

@@ -49,6 +49,23 @@ class Pair:
     prefill: Worker
     decode: Worker
 
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Both."""
+        return self.prefill, self.decode
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A decode worker that computes the prompt as well."""
+
+    decode: Worker
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """The one."""
+        return (self.decode,)
+
 
 @dataclass(frozen=True)
 class Need:
@@ -85,10 +102,10 @@ class InFlight:
         with _counted(self.decode_requests, worker.key, 1):
             yield
 
-    def picked(self, pair: Pair) -> None:
+    def picked(self, route: Pair | Alone) -> None:
         """Remembers whose turn it was."""
         self._picks += 1
-        for worker in (pair.prefill, pair.decode):
+        for worker in route.workers:
             self._last_pick.pop(worker.key, None)
             self._last_pick[worker.key] = self._picks
         while len(self._last_pick) > _REMEMBERED_PICKS:
@@ -123,20 +140,29 @@ def choose(
     turn is longest ago, then the id. Workers that `failed` in this request are taken only when no others are left.
     """
     prefills = [worker for worker in prefills if need.met_by(worker) and worker.writable_layout]
-    decodes = [worker for worker in decodes if need.met_by(worker)]
-    best_decode: dict[bytes, Worker] = {}
+    best: dict[bytes, Worker] = {}
     for layout in {worker.writable_layout for worker in prefills}:
         readers = [worker for worker in decodes if layout in worker.readable_layouts]
-        if readers:
-            best_decode[layout] = min(readers, key=lambda w: (w.key in failed, *_decode_score(w, in_flight)))
-    pairs = [Pair(w, best_decode[w.writable_layout]) for w in prefills if w.writable_layout in best_decode]
-    return min(pairs, key=lambda pair: _pair_score(pair, in_flight, failed), default=None)
+        if alone := choose_alone(readers, need, in_flight, failed):
+            best[layout] = alone.decode
+    readable = [worker for worker in prefills if worker.writable_layout in best]
+
+    def score(worker: Worker) -> tuple[int, int, int, str]:
+        failures = (worker.key in failed) + (best[worker.writable_layout].key in failed)
+        tokens = max(worker.queued_tokens, in_flight.prefill_tokens[worker.key])
+        return failures, tokens, in_flight.last_pick(worker), worker.worker_id
+
+    prefill = min(readable, key=score, default=None)
+    return None if prefill is None else Pair(prefill, best[prefill.writable_layout])
 
 
-def _pair_score(pair: Pair, in_flight: InFlight, failed: Collection[WorkerKey]) -> tuple[int, int, int, str]:
-    failures = (pair.prefill.key in failed) + (pair.decode.key in failed)
-    tokens = max(pair.prefill.queued_tokens, in_flight.prefill_tokens[pair.prefill.key])
-    return failures, tokens, in_flight.last_pick(pair.prefill), pair.prefill.worker_id
+def choose_alone(
+    decodes: Sequence[Worker], need: Need, in_flight: InFlight, failed: Collection[WorkerKey] = ()
+) -> Alone | None:
+    """The best decode worker by itself, or None when there is none; scored as in `choose`."""
+    able = [worker for worker in decodes if need.met_by(worker)]
+    best = min(able, key=lambda w: (w.key in failed, *_decode_score(w, in_flight)), default=None)
+    return None if best is None else Alone(best)
 
 
 def _decode_score(worker: Worker, in_flight: InFlight) -> tuple[int, int, int, str]:
@@ -145,9 +171,11 @@ def _decode_score(worker: Worker, in_flight: InFlight) -> tuple[int, int, int, s
     return requests, -worker.free_blocks, in_flight.last_pick(worker), worker.worker_id
 
 
-def missing(prefills: Sequence[Worker], decodes: Sequence[Worker], need: Need) -> str:
-    """Why `choose` finds no pair, for people."""
+def missing(prefills: Sequence[Worker] | None, decodes: Sequence[Worker], need: Need) -> str:
+    """Why `choose`, or without prefill workers `choose_alone`, finds nobody, for people."""
     for role, workers in (("prefill", prefills), ("decode", decodes)):
+        if workers is None:
+            continue
         if not workers:
             return f"no {role} worker is alive"
         same = [w for w in workers if (w.model, w.revision) == (need.model, need.revision)]
@@ -157,5 +185,5 @@ def missing(prefills: Sequence[Worker], decodes: Sequence[Worker], need: Need) -
         if not any(need.met_by(w) for w in same):
             longest = max(w.context_tokens for w in same)
             return f"no {role} worker takes {need.tokens} tokens, the longest context is {longest}"
-    written = sorted({w.layout_description or w.writable_layout.hex()[:12] or "none" for w in prefills})
+    written = sorted({w.layout_description or w.writable_layout.hex()[:12] or "none" for w in prefills or ()})
     return f"no decode worker reads what the prefill workers write (layouts: {', '.join(written)})"

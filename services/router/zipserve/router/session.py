@@ -24,10 +24,11 @@ from zipserve.common.errors import (
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_seconds
+from zipserve.common.sampling import Sampling
 from zipserve.router.job import Job
-from zipserve.router.policy import InFlight, Need, Pair, Worker, WorkerKey, choose, missing
+from zipserve.router.policy import Alone, InFlight, Need, Pair, Worker, WorkerKey, choose, choose_alone, missing
 from zipserve.router.transcript import Chunk, Transcript
-from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, Pulled
+from zipserve.v1.decode_service_pb2 import Computed, DecodeRequest, DecodeResponse, Pulled
 from zipserve.v1.inference_service_pb2 import PromptLogprobs
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
@@ -71,6 +72,8 @@ class Rules:
 
     worker_wait_s: float
     attempts_max: int
+    local_prefill_tokens_max: int = 0
+    """Longest sequence that is computed on the decode worker; 0: none, -1: any."""
     backoff_s: float = 0.02
     """Pause after the first failed attempt; doubles with every further one."""
 
@@ -95,6 +98,11 @@ class Report:
         """Adds what a prefill took."""
         self.queue_s += to_seconds(answer.queue_time)
         self.prefill_s += to_seconds(answer.compute_time)
+
+    def count_computed(self, computed: Computed) -> None:
+        """Adds what computing the prompt on a decode worker took."""
+        self.queue_s += to_seconds(computed.queue_time)
+        self.prefill_s += to_seconds(computed.compute_time)
 
     def count_pull(self, pulled: Pulled, tokens: int) -> None:
         """Adds what moved to a decode worker."""
@@ -145,39 +153,49 @@ class Session:
             ZipserveError: an error that a replay cannot help, or the last one when all attempts failed.
         """
         while self._transcript.finish is None:
-            pair = await self._next_pair()
+            route = await self._next_route()
             tokens_before = len(self._transcript.token_ids)
             try:
-                async with aclosing(self._attempt(pair)) as chunks:
+                async with aclosing(self._attempt(route)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             except ZipserveError as error:
                 # a first token proves nothing: with a broken handoff every prefill would still yield one
                 if len(self._transcript.token_ids) - tokens_before > 1:
                     self._failures = 0
-                self._note_failure(error, pair)
+                self._note_failure(error, route)
                 backoff_s = min(self._rules.backoff_s * 2 ** (self._failures - 1), _BACKOFF_MAX_S)
                 await asyncio.sleep(self._deadline.remaining_s(backoff_s))
 
-    async def _next_pair(self) -> Pair:
+    async def _next_route(self) -> Pair | Alone:
         give_up_s = self._now() + self._rules.worker_wait_s
         while True:
-            prefills, decodes = self._workers.prefills(), self._workers.decodes()
-            pair = choose(prefills, decodes, self._need, self._in_flight, self._failed)
+            prefills, decodes = None if self._is_local() else self._workers.prefills(), self._workers.decodes()
+            route = self._choose(prefills, decodes)
             error: NoWorkerError | OverloadedError
-            if pair is None:
+            if route is None:
                 until_s, error = give_up_s, NoWorkerError(missing(prefills, decodes, self._need))
                 if until_s <= self._now():
                     raise error
             else:
-                busy = [self._overloads[w.key] for w in (pair.prefill, pair.decode) if w.key in self._overloads]
+                busy = [self._overloads[w.key] for w in route.workers if w.key in self._overloads]
                 if not any(until_s > self._now() for until_s, _ in busy):
-                    return pair
+                    return route
                 until_s, error = max(busy, key=lambda entry: entry[0])
                 if until_s - self._now() > self._remaining_s(error):
                     raise error
             with self._metrics.queued_requests.track_inprogress():
                 await self._workers.wait_for_change(min(until_s - self._now(), self._remaining_s(error)))
+
+    def _choose(self, prefills: Sequence[Worker] | None, decodes: Sequence[Worker]) -> Pair | Alone | None:
+        if prefills is None:
+            return choose_alone(decodes, self._need, self._in_flight, self._failed)
+        return choose(prefills, decodes, self._need, self._in_flight, self._failed)
+
+    def _is_local(self) -> bool:
+        """Whether the decode worker is to compute what there is so far."""
+        limit = self._rules.local_prefill_tokens_max
+        return limit < 0 or self._transcript.position <= limit
 
     def _remaining_s(self, error: ZipserveError) -> float:
         """Seconds left; when none are, raises what they were waited for."""
@@ -186,39 +204,43 @@ class Session:
         except DeadlineError:
             raise error from None
 
-    async def _attempt(self, pair: Pair) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
-        prefill, decode = pair.prefill, pair.decode
-        token_ids = self._transcript.sequence
-        self._in_flight.picked(pair)
-        with self._in_flight.decoding(decode):
-            with self._in_flight.prefilling(prefill, len(token_ids)):
-                answer = await self._prefill(prefill, token_ids)
-            handed_over = False
-            try:
-                if answer.prompt_logprobs:
-                    yield PromptLogprobs(logprobs=answer.prompt_logprobs)
-                own = [answer.logprobs] if answer.HasField("logprobs") else []
-                yield self._append(len(token_ids), [answer.token_id], own)
-                if self._transcript.finish is None:
-                    timeout_s = self._deadline.remaining_s()
-                    handed_over = True
-                    async with aclosing(self._decode(pair, answer, timeout_s)) as chunks:
-                        async for chunk in chunks:
-                            yield chunk
-            finally:
-                if not handed_over:
-                    self._workers.release(prefill, answer.handle, self._job.request_id)
+    async def _attempt(self, route: Pair | Alone) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
+        self._in_flight.picked(route)
+        with self._in_flight.decoding(route.decode):
+            timeout_s = self._deadline.remaining_s()
+            attempt = self._over(route) if isinstance(route, Pair) else self._decode(route, None, timeout_s)
+            async with aclosing(attempt) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+
+    async def _over(self, pair: Pair) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
+        """From the prefill worker over to the decode worker."""
+        prefill, token_ids = pair.prefill, self._transcript.sequence
+        with self._in_flight.prefilling(prefill, len(token_ids)):
+            answer = await self._prefill(prefill, token_ids)
+        handed_over = False
+        try:
+            if answer.prompt_logprobs:
+                yield PromptLogprobs(logprobs=answer.prompt_logprobs)
+            own = [answer.logprobs] if answer.HasField("logprobs") else []
+            yield self._append(len(token_ids), [answer.token_id], own)
+            if self._transcript.finish is None:
+                timeout_s = self._deadline.remaining_s()
+                handed_over = True
+                async with aclosing(self._decode(pair, answer, timeout_s)) as chunks:
+                    async for chunk in chunks:
+                        yield chunk
+        finally:
+            if not handed_over:
+                self._workers.release(prefill, answer.handle, self._job.request_id)
 
     async def _prefill(self, worker: Worker, token_ids: list[int]) -> PrefillResponse:
         self._called = worker
         self.report.prefill_worker = worker.worker_id
-        sampling = self._job.sampling
-        if self._transcript.token_ids:  # the prompt's log-probabilities came with the first of them
-            sampling = replace(sampling, prompt_logprobs=None)
         request = PrefillRequest(
             request_id=self._job.request_id,
             token_ids=token_ids,
-            sampling=sampling.to_proto(),
+            sampling=self._sampling().to_proto(),
             layout_fingerprint=worker.writable_layout,
             priority=self._job.priority,
             prompt_tokens=len(self._job.prompt),
@@ -229,22 +251,34 @@ class Session:
         self.report.count_prefill(answer)
         return answer
 
-    async def _decode(self, pair: Pair, answer: PrefillResponse, timeout_s: float) -> AsyncGenerator[Chunk, None]:
-        self._called = worker = pair.decode
+    def _sampling(self) -> Sampling:
+        """As asked for; but the prompt's log-probabilities have come with the first token, if there is one."""
+        sampling = self._job.sampling
+        return replace(sampling, prompt_logprobs=None) if self._transcript.token_ids else sampling
+
+    async def _decode(
+        self, route: Pair | Alone, answer: PrefillResponse | None, timeout_s: float
+    ) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
+        """Goes on from what was prefilled, or without an answer lets the decode worker compute the prompt as well."""
+        self._called = worker = route.decode
         self.report.decode_worker = worker.worker_id
         kv_tokens = self._transcript.position - 1
         request = DecodeRequest(
             request_id=self._job.request_id,
-            handle=answer.handle,
-            token_id=answer.token_id,
-            sampling=self._job.sampling.to_proto(),
+            sampling=(self._job.sampling if answer else self._sampling()).to_proto(),
             max_new_tokens=self._transcript.remaining,
             stop_token_ids=sorted(self._job.stop_token_ids),
             priority=self._job.priority,
             prompt_tokens=len(self._job.prompt),
             min_tokens=self._job.min_tokens,
-            past_token_ids=self._transcript.sequence[:kv_tokens] if self._job.sampling.penalizes else (),
         )
+        if answer is None:
+            self.report.prefill_worker = worker.worker_id
+            request.prompt_token_ids.extend(self._transcript.sequence)
+        else:
+            request.handle.CopyFrom(answer.handle)
+            request.token_id = answer.token_id
+            request.past_token_ids.extend(self._transcript.sequence[:kv_tokens] if self._job.sampling.penalizes else ())
         pulled = False
         try:
             async with aclosing(self._workers.decode(worker, request, timeout_s)) as events:
@@ -253,6 +287,11 @@ class Session:
                         pulled = True
                         self.report.count_pull(event.pulled, kv_tokens)
                         continue
+                    if event.HasField("computed"):
+                        self.report.count_computed(event.computed)
+                        if event.computed.prompt_logprobs:
+                            yield PromptLogprobs(logprobs=event.computed.prompt_logprobs)
+                        continue
                     if chunk := self._take(event, worker):
                         yield chunk
                     if self._transcript.finish is not None:
@@ -260,8 +299,8 @@ class Session:
                         return
             raise WorkerLostError(f"decode worker {worker.worker_id} ended its stream before the sequence ended")
         except WorkerLostError:
-            if not pulled:  # it may never have seen the call, then nobody else gives the lease up
-                self._workers.release(pair.prefill, answer.handle, self._job.request_id)
+            if isinstance(route, Pair) and answer and not pulled:  # it may never have seen the call
+                self._workers.release(route.prefill, answer.handle, self._job.request_id)
             raise
 
     def _take(self, event: DecodeResponse, worker: Worker) -> Chunk | None:
@@ -289,7 +328,7 @@ class Session:
                 self.report.first_token_at_s = self.report.last_token_at_s
         return chunk
 
-    def _note_failure(self, error: ZipserveError, pair: Pair) -> None:
+    def _note_failure(self, error: ZipserveError, route: Pair | Alone) -> None:
         """Learns from a failed attempt; raises the error again when a replay cannot help or none is left."""
         worker = self._called
         assert worker is not None
@@ -299,7 +338,7 @@ class Session:
         if not error.replayable or self._failures >= self._rules.attempts_max:
             raise error
         # a handoff has two ends, and the one that complains need not be the broken one
-        blamed = (pair.prefill, pair.decode) if isinstance(error, HandoffError) else (worker,)
+        blamed = route.workers if isinstance(error, HandoffError) else (worker,)
         self._failed.update(w.key for w in blamed)
         if isinstance(error, OverloadedError):
             self._overloads[worker.key] = self._now() + error.retry_after_s, error

@@ -1,0 +1,91 @@
+"""Pacing: prompts take what the sequences that decode can spare, no more, and always something."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zipserve.decode.pacing import CHUNK_TOKENS_MIN, Pacing
+
+Machine = Callable[[int, int], float]
+"""Seconds of a step of so many rows and prompt tokens."""
+
+
+def machine(read_s: float = 0.02, row_s: float = 0.001, chunk_s: float = 0.002, token_s: float = 0.0005) -> Machine:
+    """One whose steps read the weights once, and whose chunks have a fixed cost."""
+    return lambda rows, tokens: (read_s + rows * row_s) * (rows > 0) + (chunk_s + tokens * token_s) * (tokens > 0)
+
+
+def run(pacing: Pacing, of: Machine, rows: int, steps: int) -> list[int]:
+    """Runs steps with a prompt that never ends; returns their tokens."""
+    chunks = []
+    for _ in range(steps):
+        chunks.append(pacing.chunk_tokens(rows))
+        pacing.note(rows, chunks[-1], of(rows, chunks[-1]))
+    return chunks
+
+
+@given(
+    st.floats(0.005, 0.1), st.floats(0.0, 0.005), st.floats(0.0, 0.004), st.floats(1e-4, 2e-3),
+    st.integers(1, 32), st.floats(1.5, 4.0),
+)  # fmt: skip
+def test_a_step_takes_what_is_allowed(
+    read_s: float, row_s: float, chunk_s: float, token_s: float, rows: int, slowdown_max: float
+) -> None:
+    of = machine(read_s, row_s, chunk_s, token_s)
+    pacing = Pacing(512, slowdown_max)
+    run(pacing, of, rows, 60)
+    tokens = pacing.chunk_tokens(rows)
+    allowed_s = slowdown_max * of(rows, 0)
+    assert tokens == CHUNK_TOKENS_MIN or of(rows, tokens) <= 1.05 * allowed_s
+    # and nothing is given away: two more steps of 16 would be too much
+    assert tokens == 512 or of(rows, tokens + 2 * CHUNK_TOKENS_MIN) >= 0.95 * allowed_s
+
+
+def test_no_step_on_the_way_is_much_too_long() -> None:
+    of, pacing = machine(), Pacing(512, 2.0)
+    chunks = run(pacing, of, 8, 50)
+    assert max(of(8, tokens) for tokens in chunks) <= 2.05 * of(8, 0)
+    assert chunks[:2] == [0, CHUNK_TOKENS_MIN]
+    assert chunks[-1] == 48
+
+
+def test_noise_and_stalls_do_not_mislead_it() -> None:
+    dice, of, pacing = random.Random(3), machine(), Pacing(512, 2.0)
+
+    def noisy(rows: int, tokens: int) -> float:
+        return of(rows, tokens) * dice.uniform(0.8, 1.2) * (100.0 if dice.random() < 0.02 else 1.0)
+
+    slow = [tokens for tokens in run(pacing, noisy, 8, 2000) if of(8, tokens) > 2.5 * of(8, 0)]
+    assert len(slow) < 2000 * 0.05
+    assert run(pacing, of, 8, 50)[-1] == pytest.approx(48, abs=16)
+
+
+def test_nothing_decodes() -> None:
+    assert Pacing(256, 2.0).chunk_tokens(0) == 256
+
+
+def test_an_unknown_number_of_rows_is_seen_alone_once() -> None:
+    pacing = Pacing(256, 2.0)
+    assert [tokens > 0 for tokens in run(pacing, machine(), 1, 3)] == [False, True, True]
+    assert [tokens > 0 for tokens in run(pacing, machine(), 4, 3)] == [False, True, True]
+    assert [tokens > 0 for tokens in run(pacing, machine(), 5, 3)] == [True, True, True], "as many as 4, nearly"
+
+
+def test_a_prompt_always_advances() -> None:
+    of = machine(token_s=1.0)
+    assert run(Pacing(512, 2.0), of, 2, 30)[1:] == [CHUNK_TOKENS_MIN] * 29
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 600), st.floats(0.0, 1e3)), max_size=60), st.integers(0, 40)
+)
+def test_any_measurements(notes: list[tuple[int, int, float]], rows: int) -> None:
+    pacing = Pacing(100, 2.0)
+    for note in notes:
+        pacing.note(*note)
+    assert pacing.chunk_tokens(rows) in {0, 100, *range(16, 97, 16)}
+    pacing.note(rows, 0, 0.01)
+    assert pacing.chunk_tokens(rows) >= CHUNK_TOKENS_MIN
