@@ -65,7 +65,8 @@ class Field:
                         contestant.drop()
             else:
                 results[cell] = measure.prefill(contestants, cell, options.rounds)
-            report.progress(cell.name)
+            medians = ", ".join(f"{name} {timing.median_s * 1e3:.1f}" for name, timing in results[cell].items())
+            report.progress(f"{cell.name}, ms: {medians}")
         return results
 
     def _cells(self) -> list[Cell]:
