@@ -12,7 +12,8 @@ it over. What is asked for is applied in this order:
 6. min_p keeps, of these, the ones that are at least min_p times as likely as the most likely one;
 7. a token is drawn by the probabilities of those kept.
 
-Equally likely tokens are ordered by their ids. Log-probabilities are of the logits before all of this.
+Of equally likely tokens, the lower id counts as the more likely one. Log-probabilities are of the logits before all of
+this.
 """
 
 import hashlib
@@ -35,7 +36,6 @@ _CANDIDATES = (256, 4096)
 """How many tokens are sorted at first: nearly always enough, where sorting a whole vocabulary takes milliseconds."""
 
 _Floats = npt.NDArray[np.float32]
-_Doubles = npt.NDArray[np.float64]
 _Tokens = npt.NDArray[np.int64]
 
 
@@ -140,67 +140,43 @@ def uniform(seed: int, position: int) -> float:
 
 
 def _draw(logits: _Floats, top: float, params: Sampling, share: float) -> int:
-    total = None if params.top_k else _total(logits, top, params.temperature)
-    for count in _CANDIDATES:
-        if params.top_k < count < logits.size:
-            token = _inverse_cdf(logits, top, total, params, share, count)
-            if token is not None:
-                return token
-    token = _inverse_cdf(logits, top, total, params, share, logits.size)
-    assert token is not None, "the whole vocabulary decides"
-    return token
+    """The token at `share` of the filtered distribution, tokens in the order of their ids.
 
-
-def _weights(logits: _Floats, top: float, temperature: float) -> _Doubles:
-    """Probabilities, but for a factor: the most likely token has 1.
-
-    In float64: at a tiny temperature the scaled differences do not fit into float32.
+    Not in the order of their weights: that of nearly equal ones changes with the rounding of another batch or worker.
     """
-    with np.errstate(over="ignore", under="ignore"):  # the others become -inf, then 0
-        weights: _Doubles = np.exp((logits.astype(np.float64) - top) / temperature)
-    return weights
+    with np.errstate(over="ignore", under="ignore"):  # at a tiny temperature the others become -inf, then 0
+        weights = np.exp((logits - np.float32(top)) / np.float32(params.temperature))
+    tokens = _kept(logits, weights, params)
+    mass = np.cumsum(weights if tokens is None else weights[tokens], dtype=np.float64)
+    index = int(np.searchsorted(mass, share * mass[-1], side="right"))
+    if index == len(mass):  # by rounding: it is the last token that has any weight
+        index = int(np.searchsorted(mass, mass[-1]))
+    return index if tokens is None else int(tokens[index])
 
 
-def _total(logits: _Floats, top: float, temperature: float) -> float:
-    """Sum of all weights, to about eight digits: exponentials of a whole vocabulary are dear in float64."""
-    with np.errstate(over="ignore", under="ignore"):
-        return float(np.exp((logits - np.float32(top)) / np.float32(temperature)).sum(dtype=np.float64))
+def _kept(logits: _Floats, weights: _Floats, params: Sampling) -> _Tokens | None:
+    """Ids of the tokens that top_k, top_p and min_p leave, rising; None for all.
 
-
-def _inverse_cdf(
-    logits: _Floats, top: float, total: float | None, params: Sampling, share: float, count: int
-) -> int | None:
-    """The token at `share` of the filtered distribution, tokens in order of falling weight, then of rising id.
-
-    Looks at `count` of the most likely tokens, which are more than top_k; None when they do not decide. They are a
-    prefix of the whole order, and their running sum one of the whole sum: every `count` that decides gives one token.
-
-    Args:
-        total: weight of the whole vocabulary; None where top_k makes it unimportant.
+    Looks at the most likely tokens only, as many as decide. They are a prefix of the whole order, so that the result
+    does not depend on how many they are.
     """
-    order = _most_likely(logits, count)[: params.top_k or None]
-    complete = total is None or len(order) == logits.size
-    weights = _weights(logits[order], top, params.temperature)
-    mass = np.cumsum(weights)
-    if complete or total is None:
-        total = float(mass[-1])
-    kept = len(order)
-    if params.top_p < 1.0:
-        # The smallest prefix that reaches top_p.
-        kept = min(kept, int(np.searchsorted(mass, params.top_p * total)) + 1)
-    if params.min_p > 0.0:
-        kept = min(kept, int(np.searchsorted(-weights, -params.min_p, side="right")))
-    if kept < len(order):
-        total = float(mass[kept - 1])
-    elif not complete and (params.top_p < 1.0 or params.min_p > 0.0):
+    if not params.top_k and params.top_p == 1.0 and not params.min_p:
         return None
-    index = int(np.searchsorted(mass[:kept], share * total, side="right"))
-    if index == kept:
-        if not complete:
-            return None
-        # The sums differ by rounding: it is the last token that has any weight.
-        index = int(np.searchsorted(mass[:kept], mass[kept - 1]))
-    return int(order[index])
+    for count in (*_CANDIDATES, logits.size):
+        if count < logits.size and params.top_k >= count:
+            continue
+        order = _most_likely(logits, count)[: params.top_k or None]
+        complete = params.top_k > 0 or len(order) == logits.size
+        kept = len(order)
+        if params.top_p < 1.0:
+            mass = np.cumsum(weights[order], dtype=np.float64)
+            total = mass[-1] if complete else weights.sum(dtype=np.float64)
+            kept = min(kept, int(np.searchsorted(mass, params.top_p * total)) + 1)  # the smallest that reaches it
+        if params.min_p > 0.0:
+            kept = min(kept, int(np.searchsorted(-weights[order], -params.min_p, side="right")))
+        if complete or kept < len(order):
+            return np.sort(order[:kept])
+    raise AssertionError("the whole vocabulary decides")
 
 
 def _most_likely(logits: _Floats, count: int) -> _Tokens:
