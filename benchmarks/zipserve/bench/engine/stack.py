@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
+from contextlib import ExitStack
 from types import TracebackType
 
 from zipserve.common.errors import InternalError
@@ -28,14 +29,11 @@ class Stack:
         Args:
             arguments: of `zipserve up`.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="zipserve-bench-")
-        self._command = [
-            *(sys.executable, "-P", "-m", "zipserve.cli", "up", "--listen", "127.0.0.1:0"),
-            *("--log-dir", self._folder.name, *arguments),
-        ]
+        self._arguments = arguments
         self._told: deque[str] = deque(maxlen=_TOLD_LINES)
         self.ready_s: dict[str, float] = {}
         """Seconds from the start of `zipserve up`, which starts Redis first, until each process was ready."""
+        self._listener: threading.Thread | None = None
         self.address = ""
         """host:port of the router."""
 
@@ -44,7 +42,26 @@ class Stack:
         Raises:
             InternalError: it did not start; the message has what it said last.
         """
-        self._process = subprocess.Popen(self._command, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True)
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="zipserve-bench-"))
+            command = [sys.executable, "-P", "-m", "zipserve.cli", "up", "--listen", "127.0.0.1:0", "--log-dir", folder]
+            self._process = stack.enter_context(
+                subprocess.Popen(
+                    [*command, *self._arguments], stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True
+                )
+            )
+            stack.callback(self._stop)
+            self._listen()
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running.close()
+
+    def _listen(self) -> None:
+        """Reads what it says until everything is ready, and leaves the rest to a thread."""
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._told.append(line)
@@ -52,19 +69,19 @@ class Stack:
                 self.ready_s[ready[2]] = float(ready[1])
             elif ready := _ALL_READY.match(line):
                 self.address = ready[2]
-                threading.Thread(target=self._told.extend, args=(self._process.stderr,), daemon=True).start()
-                return self
-        self._process.wait()
-        self._folder.cleanup()
-        raise InternalError(f"zipserve up ended with status {self._process.returncode}:\n{''.join(self._told)}")
+                self._listener = threading.Thread(target=self._told.extend, args=(self._process.stderr,), daemon=True)
+                self._listener.start()
+                return
+        status = self._process.wait()
+        raise InternalError(f"zipserve up ended with status {status}:\n{''.join(self._told)}")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.send_signal(signal.SIGINT)
+    def _stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
         try:
             self._process.wait(_STOP_S)
         except subprocess.TimeoutExpired:
             self._process.kill()  # its watchdog ends the others
             self._process.wait()
-        self._folder.cleanup()
+        if self._listener is not None:
+            self._listener.join()
