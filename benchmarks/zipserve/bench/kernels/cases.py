@@ -12,8 +12,9 @@ from zipserve.common.errors import InternalError
 from zipserve.kernels.attention import decode_attention, decode_attention_reference
 from zipserve.kernels.checksum import checksum, checksum_reference
 from zipserve.kernels.dequantize import dequantize, dequantize_reference
+from zipserve.kernels.prefill_attention import Prefix, prefill_attention, prefill_attention_reference
 from zipserve.kernels.quantize import quantize, quantize_reference
-from zipserve.kernels.saliency import probe_scores, probe_scores_reference
+from zipserve.kernels.saliency import log_sum_exp, probe_scores, probe_scores_reference
 from zipserve.kernels.zipformat import probe_offsets
 
 BLOCK = 128
@@ -55,6 +56,8 @@ def all_cases(heads: Heads, profile: str, *, rows: int, context: int) -> list[Ca
         *_codec(heads, profile, keys, values),
         _saliency(heads),
         _attention(heads, profile, keys, values, rows),
+        _prefill(heads, profile, keys[:0], values[:0], context // 4),
+        _prefill(heads, profile, keys[: context // BLOCK], values[: context // BLOCK], BLOCK),
     ]
 
 
@@ -130,10 +133,11 @@ def _saliency(heads: Heads, tokens: int = 1024) -> Case:
     own = torch.tensor([start + at for start in range(0, tokens, BLOCK) for at in probe_offsets(BLOCK)])
     query = torch.randn(heads.query, len(own), heads.dim, generator=generator)
     arguments = (query, keys, own, torch.zeros_like(own), own // BLOCK, torch.arange(0, tokens, BLOCK), BLOCK, 0.125)
+    lse = log_sum_exp(query, keys, own, torch.zeros_like(own), 0.125)
     return Case(
         f"saliency {heads.name} of {tokens} tokens",
         keys.nbytes,
-        {"kernel": lambda: probe_scores(*arguments)},
+        {"kernel": lambda: probe_scores(*arguments), "known sums": lambda: probe_scores(*arguments, lse=lse)},
         lambda: (probe_scores(*arguments) - probe_scores_reference(*arguments, None, None)).abs().max().item(),
         1e-4,
         {"reference": lambda: probe_scores_reference(*arguments, None, None)},
@@ -171,4 +175,42 @@ def _attention(heads: Heads, profile: str, keys: torch.Tensor, values: torch.Ten
         1e-5,
         {"reference": lambda: on_few(decode_attention_reference)},
         few.table.numel() / batch.table.numel(),
+    )
+
+
+def _prefill(heads: Heads, profile: str, keys: torch.Tensor, values: torch.Tensor, tokens: int) -> Case:
+    """A chunk of a prompt behind sealed blocks; or the whole of one, where there are none."""
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (
+        torch.randn(tokens, count, heads.dim, generator=generator).transpose(0, 1)
+        for count in (heads.query, heads.kv, heads.kv)
+    )
+    form, packed = data.zipped(heads, profile, keys, values)
+    slabs = torch.arange(len(keys))
+    prefix = Prefix(form, packed, slabs, data.no_sinks(form), torch.full_like(slabs, -1)) if len(keys) else None
+    start, scale = len(keys) * BLOCK, heads.dim**-0.5
+    long_keys, long_values = (
+        torch.cat((sealed.transpose(0, 1).flatten(1, 2), new), 1).repeat_interleave(heads.query // heads.kv, 0)
+        for sealed, new in ((keys, key), (values, value))
+    )
+    mask = torch.ones(tokens, start + tokens, dtype=torch.bool).tril(start) if start else None
+
+    def attend(operation: Callable[..., tuple[torch.Tensor, torch.Tensor | None]]) -> torch.Tensor:
+        return operation(
+            query, key, value, start, scale=scale, prefix=prefix, first=None, softcap=None, sink_logits=None,
+            lse_rows=None,
+        )[0]  # fmt: skip
+
+    return Case(
+        f"prefill {profile} {heads.name} of {tokens} tokens behind {start}",
+        packed.nbytes + 2 * key.nbytes,
+        {
+            "kernel": lambda: attend(prefill_attention),
+            "SDPA": lambda: F.scaled_dot_product_attention(
+                query[None], long_keys[None], long_values[None], mask, is_causal=mask is None, scale=scale
+            ),
+        },
+        lambda: (attend(prefill_attention) - attend(prefill_attention_reference)).abs().max().item(),
+        1e-5,
+        {"reference": lambda: attend(prefill_attention_reference)},
     )

@@ -87,4 +87,6 @@ def _checks(case: Case, timings: dict[str, Timing], bandwidth: float, *, decides
                 f"{case.name}: times as fast as raw pages", timings["raw pages"].median_s / kernel, ">=", 1.0, decides
             ),
         ]
+    if case.name.startswith("prefill"):
+        return [Check(f"{case.name}: times as fast as SDPA", timings["SDPA"].median_s / kernel, ">=", 1.4, decides)]
     return []
