@@ -109,9 +109,7 @@ static void attend_strip(const Thread *thread) {
 static int attend_sealed(const Plan *plan, int kv_head, Thread *thread) {
     const Prefill *a = plan->a;
     if (!a->prefix_blocks) return 0;
-    const int size = a->form->block_tokens;
-    const int begin = a->start + a->tokens - a->keys - a->prefix_blocks * size;  // position of the first block
-    const int hidden = MAX(thread->rows.first[0] - begin, 0) / size;
+    const int size = a->form->block_tokens, hidden = MAX(thread->rows.first[0] - block_position(a, 0), 0) / size;
     for (int block = hidden; block < a->prefix_blocks; block++)
         for (int from = 0; from < size; from += STRIP) {
             zs_load_sealed(a, block, kv_head, from, MIN(STRIP, size - from), &thread->strip);
@@ -131,7 +129,7 @@ static void unrotate_sums(const Plan *plan, const Thread *thread) {
 
 static void attend_new(const Plan *plan, int kv_head, Thread *thread) {
     const Prefill *a = plan->a;
-    const int begin = a->start + a->tokens - a->keys;  // position of the first key
+    const int begin = key_position(a);
     const int hidden = MAX(thread->rows.first[0] - begin, 0) / STRIP * STRIP;
     const int end = thread->rows.own[thread->rows.rows - 1] - begin + 1;
     for (int from = hidden; from < end; from += STRIP) {
@@ -174,19 +172,17 @@ static int64_t products(const Prefill *a) {
     return (sealed + a->keys) * a->tokens * a->heads * a->key_dim;
 }
 
-// Whether the first positions that queries see descend, lie behind the queries, or have no keys.
-static int is_wrong(const Prefill *a) {
-    const int begin = a->start + a->tokens - a->keys - (a->prefix_blocks ? a->prefix_blocks * a->form->block_tokens : 0);
-    if (!a->first) return 0;
-    for (int t = 0; t < a->tokens; t++)
-        if (a->first[t] < (t ? a->first[t - 1] : begin) || a->first[t] > a->start + t) return 1;
+// Whether the first positions that queries see have no keys, descend, or lie behind the queries.
+static int first_is_wrong(const Prefill *a) {
+    for (int t = 0; t < (a->first ? a->tokens : 0); t++)
+        if (a->first[t] > a->start + t || a->first[t] < (t ? a->first[t - 1] : block_position(a, 0))) return 1;
     return 0;
 }
 
-// Returns -1; or the first block whose slab, or whose sinks' slab, does not exist; or -2 where there is no memory; or -3
-// where what queries see is wrong.
+// Returns -1; or the first block whose slab, or whose sinks' slab, does not exist; or -2 where there is no memory; or
+// -3 where what queries see is wrong.
 int zs_prefill_attention(const Prefill *a) {
-    if (is_wrong(a)) return -3;
+    if (first_is_wrong(a)) return -3;
     const int wrong = missing_slab(&a->blocks, a->prefix_blocks, 0);
     if (wrong >= 0) return wrong;
     if (a->prefix_blocks && a->form->content == ZIPPED) {

@@ -13,10 +13,9 @@
 #define TILE_ROWS 6
 #endif
 #define TILE_LANES ((TILE_ROWS + NATIVE_LANES - 1) / NATIVE_LANES * NATIVE_LANES)
-#define STEP MAX(PANEL, LANES)
-#define STRIP 128  // keys
-#define LOWEST -1e30f  // below every score, yet no infinity, so that differences are numbers
 #define PANELS(n) (((n) + PANEL - 1) / PANEL)
+#define STRIP 128      // keys
+#define LOWEST -1e30f  // below every score, yet no infinity, so that differences are numbers
 
 // See zipserve.kernels.prefill_attention; strides in elements, of heads and of tokens.
 typedef struct {
@@ -34,16 +33,23 @@ typedef struct {
     float scale, softcap;  // softcap 0: none
 } Prefill;
 
+// Position of the first new key, and of the first token of a block of the prefix.
+static inline int key_position(const Prefill *a) { return a->start + a->tokens - a->keys; }
+
+static inline int block_position(const Prefill *a, int block) {
+    return a->prefix_blocks ? key_position(a) - (a->prefix_blocks - block) * a->form->block_tokens : key_position(a);
+}
+
 // What a thread keeps of an item. Rows behind the last one are zeros, and nobody reads what becomes of them.
 typedef struct {
     int rows, value_stride;
-    float softcap;             // in units of the scores; 0: none
-    float *queries;            // [tiles][key_dim][TILE_ROWS], scaled
-    float *sums;               // [rows][value_stride]: values, weighted relative to the maximum
-    float *totals;             // [rows][NATIVE_LANES]: sums of these weights, spread over lanes
-    float *maxima;             // [tiles][TILE_LANES]: highest score so far
-    int32_t *first, *own;      // [rows]: positions that the row sees
-    float *weights;            // [TILE_ROWS][STRIP]
+    float softcap;         // in units of the scores; 0: none
+    float *queries;        // [tiles][key_dim][TILE_ROWS], scaled
+    float *sums;           // [rows][value_stride]: values, weighted relative to the maximum
+    float *totals;         // [rows][NATIVE_LANES]: sums of these weights, spread over lanes
+    float *maxima;         // [tiles][TILE_LANES]: highest score so far
+    int32_t *first, *own;  // [rows]: positions that the row sees
+    float *weights;        // [TILE_ROWS][STRIP]
 } Rows;
 
 // Some keys of a KV head, and their values.

@@ -53,7 +53,7 @@ void zs_load_plain(const Prefill *a, int kv_head, int from, int count, Strip *st
     const int width = a->key_type == FLOAT32 ? 4 : 2;
     const int64_t key = kv_head * a->key_strides[0] + from * a->key_strides[1];
     const int64_t value = kv_head * a->value_strides[0] + from * a->value_strides[1];
-    number(strip, a->start + a->tokens - a->keys + from, count, a->key_dim);
+    number(strip, key_position(a) + from, count, a->key_dim);
     put_keys((const uint8_t *)a->key + key * width, a->key_type, a->key_strides[1], count, a->key_dim, strip);
     put_values((const uint8_t *)a->value + value * width, a->key_type, a->value_strides[1], count, a->value_dim, strip);
 }
@@ -69,7 +69,8 @@ ALWAYS_INLINE void unpack_keys(const uint8_t *segment, const struct zip_region *
         UNROLL for (int v = 0; v < 2; v++) {
             const native_u32 upper = *(const native_u32 *)(upper_row + v * NATIVE_LANES);
             native_u32 lower = upper;
-            if (bits == 3) lower = *(const native_u32 *)(lower_row + c / 32 * region->tokens + v * NATIVE_LANES) >> c % 32;
+            if (bits == 3)
+                lower = *(const native_u32 *)(lower_row + c / 32 * region->tokens + v * NATIVE_LANES) >> c % 32;
             UNROLL for (int k = 0; k < per_word; k++) {
                 const float step = width[c + k] * cell;
                 store_native(panel + (c + k) * PANEL + v * NATIVE_LANES,
@@ -99,11 +100,8 @@ ALWAYS_INLINE void unpack_values(const uint8_t *segment, const struct zip_region
     }
 }
 
-static void load_zip(const Prefill *a, int block, int kv_head, int from, int count, Strip *strip) {
-    const struct zip_format *form = a->form;
+static void put_codes(const struct zip_format *form, const uint8_t *segment, int from, int count, const Strip *strip) {
     const int key_dim = form->key_dim, value_dim = form->value_dim, hi_tokens = form->keys[0].tokens;
-    uint8_t *layer = slab_of(&a->blocks, block);
-    const uint8_t *segment = layer + form->bitmap_bytes + kv_head * form->head_bytes;
     float *lo = strip->wide, *width = lo + key_dim;
     for (int c = 0; c < 2 * key_dim; c += LANES) store16(lo + c, load_half(segment + 2 * c));
     for (int i = 0; i < count; i += 32) {
@@ -126,25 +124,32 @@ static void load_zip(const Prefill *a, int block, int kv_head, int from, int cou
             default: unpack_values(segment, region, index, value_dim, exponents, rows, 4);
         }
     }
-    uint8_t *sinks = slab_of(&a->sinks, block);
+}
+
+// Sinks stand in the first slots of their block.
+static void load_zip(const Prefill *a, int block, int kv_head, int from, int count, Strip *strip) {
+    const struct zip_format *form = a->form;
+    const int size = form->block_tokens, position = block_position(a, block);
+    uint8_t *layer = slab_of(&a->blocks, block), *sinks = slab_of(&a->sinks, block);
+    put_codes(form, layer + form->bitmap_bytes + kv_head * form->head_bytes, from, count, strip);
     if (sinks && from == 0) {
-        put_keys(head_sinks(form, sinks, kv_head, 0), FLOAT16, key_dim, SINK_TOKENS, key_dim, strip);
-        put_values(head_sinks(form, sinks, kv_head, 1), FLOAT16, value_dim, SINK_TOKENS, value_dim, strip);
+        const half *keys = head_sinks(form, sinks, kv_head, 0), *values = head_sinks(form, sinks, kv_head, 1);
+        put_keys(keys, FLOAT16, form->key_dim, SINK_TOKENS, form->key_dim, strip);
+        put_values(values, FLOAT16, form->value_dim, SINK_TOKENS, form->value_dim, strip);
     }
-    int32_t slots[form->block_tokens];
-    slots_of(layer, form->block_tokens, slots);
-    const int position = strip->lowest - from;
-    for (int t = 0; t < form->block_tokens; t++)
+    int32_t slots[size];
+    slots_of(layer, size, slots);
+    for (int t = 0; t < size; t++)
         if (slots[t] >= from && slots[t] < from + count) strip->positions[slots[t] - from] = position + t;
     strip->in_order = 0;
     strip->lowest = position;
-    strip->highest = position + form->block_tokens - 1;
+    strip->highest = position + size - 1;
 }
 
 void zs_load_sealed(const Prefill *a, int block, int kv_head, int from, int count, Strip *strip) {
     const struct zip_format *form = a->form;
     const int key_dim = form->key_dim, value_dim = form->value_dim;
-    number(strip, a->start + a->tokens - a->keys - (a->prefix_blocks - block) * form->block_tokens + from, count, key_dim);
+    number(strip, block_position(a, block) + from, count, key_dim);
     if (form->content == ZIPPED) return load_zip(a, block, kv_head, from, count, strip);
     const int width = form->content == FLOAT32 ? 4 : 2;
     const uint8_t *keys = slab_of(&a->blocks, block) + kv_head * form->head_bytes;

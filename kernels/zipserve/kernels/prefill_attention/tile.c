@@ -48,6 +48,8 @@ ALWAYS_INLINE void multiply(const float *a, const int row_step, const int depth_
         UNROLL for (int v = 0; v < 2; v++) store_native(out + r * out_stride + v * NATIVE_LANES, sums[r][v]);
 }
 
+#define STEP MAX(PANEL, LANES)  // of loops over keys
+
 static void cap(float *weights, int from, int to, float softcap) {
     for (int r = 0; r < TILE_ROWS; r++)
         for (int i = from; i < to; i += LANES) {
