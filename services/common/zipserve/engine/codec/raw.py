@@ -16,7 +16,6 @@ class RawCodec:
 
     def __init__(self, layout: Layout, arenas: Arenas) -> None:
         self._heads = views(layout, SlabKind.BLOCK, layout.block_tokens, arenas.blocks)["heads"]
-        self._key_elements = layout.block_tokens * layout.key_dim
         self._form = RawFormat(
             layout.kv_heads, layout.key_dim, layout.value_dim, layout.block_tokens, TORCH_DTYPES[layout.dtype]
         )
@@ -37,10 +36,7 @@ class RawCodec:
     def read_blocks(
         self, layer: int, slabs: torch.Tensor, sink_slabs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        heads = self._heads[:, layer].index_select(0, slabs)
-        form = self._form
-        keys = torch.unflatten(heads[..., : self._key_elements], 2, (form.block_tokens, form.key_dim))
-        return keys, torch.unflatten(heads[..., self._key_elements :], 2, (form.block_tokens, form.value_dim))
+        return self._form.decode(self._heads[:, layer].flatten(1).view(torch.uint8), slabs)
 
     def sealed(self) -> Sealed | None:
         return Sealed(self._form, self._heads.flatten(2).view(torch.uint8), self._sinks)
