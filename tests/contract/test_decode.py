@@ -493,7 +493,7 @@ async def test_an_impatient_caller_does_not_stop_the_release(
 
     async def stream() -> None:
         continuation = Continuation("r", prefilled.token_id, Sampler(Sampling()), 8, frozenset())
-        async with pair.decode.service.worker.pulled(prefilled.handle, continuation, Deadline(20.0)):
+        async with pair.decode.service.worker.pulled(prefilled.handle, [continuation], Deadline(20.0)):
             pytest.fail("the read has not ended")
 
     task = asyncio.create_task(stream())

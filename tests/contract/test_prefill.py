@@ -341,7 +341,7 @@ async def test_goes_away_between_the_result_and_its_answer(prefill: Prefill, mon
     """As close as it gets: the result is there, its caller has not seen it yet."""
     source, issue = prefill.service.source, prefill.service.source.issue
     task = asyncio.create_task(
-        prefill.service.worker.prefill("r", prompt(40), Sampler(Sampling(temperature=0)), time.monotonic() + 20)
+        prefill.service.worker.prefill("r", prompt(40), [Sampler(Sampling(temperature=0))], time.monotonic() + 20)
     )
 
     def issue_and_cancel(*args: Any) -> KvHandle:

@@ -29,6 +29,7 @@ from zipserve.v1.decode_service_pb2 import (
 from zipserve.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import (
+    FirstToken,
     PrefillRequest,
     PrefillResponse,
     ReleaseHandleRequest,
@@ -73,6 +74,8 @@ class Peer:
     """Awaited at the start of every call; raises to fail it."""
     at_token: Callable[[object], Awaitable[None]] = nothing
     """Awaited with the position before every decoded token; raises to fail there."""
+    by_seed: bool = False
+    """Tokens differ by seed: for requests of several choices."""
     end_at: int = 1 << 30
     """Position at which the model ends a sequence."""
     metrics: Metrics = field(default_factory=Metrics)
@@ -140,6 +143,11 @@ class Peer:
     async def close(self) -> None:
         pass
 
+    def token(self, position: int, seed: int) -> int:
+        """What the model says."""
+        shifted = position + seed if self.by_seed else position
+        return EOS if shifted == self.end_at else token_at(shifted)
+
     async def die(self) -> None:
         """Breaks every connection and accepts none; the heartbeat goes on, which is the worst case for a router."""
         assert self.server is not None
@@ -174,7 +182,14 @@ class _Prefill(PrefillServiceServicer):
         handle = KvHandle(claims=f"{peer.name} {len(peer.issued)} {position}".encode(), mac=b"signed")
         peer.issued.add(handle.claims)
         return PrefillResponse(
-            token_id=EOS if position == peer.end_at else token_at(position),
+            token_id=peer.token(position, request.sampling.seed),
+            other_choices=[
+                FirstToken(
+                    token_id=peer.token(position, request.sampling.seed + i),
+                    logprobs=next(iter(_logprobs(request.sampling, position, 1)), None),
+                )
+                for i in range(1, request.choices)
+            ],
             handle=handle,
             queue_time=to_duration(0.25),
             compute_time=to_duration(0.5),
@@ -209,18 +224,26 @@ class _Decode(DecodeServiceServicer):
                 pulled = Pulled(bytes=4096, blocks=1, transfer_time=to_duration(0.125), verify_time=to_duration(0.125))
                 yield DecodeResponse(pulled=pulled)
                 start = int(request.handle.claims.split()[-1]) + 1
-            reason = FinishReason.FINISH_REASON_LENGTH
+            seeds = [request.sampling.seed, *(sibling.seed for sibling in request.siblings)]
+            running = set(range(len(seeds)))
             for first in range(start, start + request.max_new_tokens, peer.tokens_per_event):
                 last = min(first + peer.tokens_per_event, start + request.max_new_tokens)
-                token_ids = [EOS if p == peer.end_at else token_at(p) for p in range(first, last)]
                 await peer.at_token(first)
                 peer.position = last - 1
-                logprobs = _logprobs(request.sampling, first, len(token_ids))
-                yield DecodeResponse(tokens=DecodedTokens(position=first, token_ids=token_ids, logprobs=logprobs))
-                if set(token_ids) & set(request.stop_token_ids):
-                    reason = FinishReason.FINISH_REASON_STOP
+                for number in sorted(running):
+                    token_ids = [peer.token(p, seeds[number]) for p in range(first, last)]
+                    logprobs = _logprobs(request.sampling, first, len(token_ids))
+                    tokens = DecodedTokens(position=first, token_ids=token_ids, logprobs=logprobs, sequence=number)
+                    yield DecodeResponse(tokens=tokens)
+                    if set(token_ids) & set(request.stop_token_ids):
+                        running.remove(number)
+                        reason = FinishReason.FINISH_REASON_STOP
+                        yield DecodeResponse(finished=DecodeFinished(reason=reason, sequence=number))
+                if not running:
                     break
-            yield DecodeResponse(finished=DecodeFinished(reason=reason))
+            for number in sorted(running):
+                reason = FinishReason.FINISH_REASON_LENGTH
+                yield DecodeResponse(finished=DecodeFinished(reason=reason, sequence=number))
             complete = True
         finally:
             if not complete:

@@ -58,6 +58,7 @@ class DecodeMachine(RuleBasedStateMachine):
         self.here: list[Ticket[int]] = []
         self.failed: list[Ticket[int]] = []
         self.count = 0
+        self.counts = {kind: self.pools.free(kind) for kind in KINDS}
 
     def _at(self, *places: Place) -> list[Ticket[int]]:
         return [ticket for ticket in self.here if ticket.place in places]
@@ -71,15 +72,24 @@ class DecodeMachine(RuleBasedStateMachine):
         missing = self.pools.missing(ticket.slabs, ticket.tokens)
         return [missing[SlabKind.BLOCK], missing[SlabKind.SINKS]]
 
-    @rule(pulled=st.integers(1, 320), new=st.integers(1, 320), priority=st.integers(0, 1), local=st.booleans())
-    def submit(self, pulled: int, new: int, priority: int, local: bool) -> None:
+    @rule(
+        pulled=st.integers(1, 320),
+        new=st.integers(1, 320),
+        priority=st.integers(0, 1),
+        local=st.booleans(),
+        forks=st.sampled_from([0, 0, 1, 3]),
+    )
+    def submit(self, pulled: int, new: int, priority: int, local: bool, forks: int) -> None:
         total = pulled + new
         tail_of = 0 if local else pulled
-        ticket: Ticket[int] = Ticket(pulled, total, self.count, self._on_admitted, priority, tail_of)
+        ticket: Ticket[int] = Ticket(pulled, total, self.count, self._on_admitted, priority, tail_of, forks)
         waiting = self._at(Place.WAITING)
         queued = sum(other.total_tokens for other in waiting)
         if total // BLOCK > self.pools.blocks.count:
             with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {total // BLOCK} KV blocks"):
+                self.scheduler.submit(ticket)
+        elif 1 + forks > self.scheduler.slots.count:
+            with pytest.raises(InvalidRequestError, match=f"{1 + forks} sequences of one prompt are more than the"):
                 self.scheduler.submit(ticket)
         elif len(waiting) >= QUEUE_REQUESTS_MAX:
             with pytest.raises(OverloadedError, match="4 sequences wait, the limit is 4"):
@@ -88,7 +98,7 @@ class DecodeMachine(RuleBasedStateMachine):
             with pytest.raises(OverloadedError, match=f"of {queued} tokens wait and one of {total} came, the limit is"):
                 self.scheduler.submit(ticket)
         else:
-            self.count += 1
+            self.count += 1 + forks
             self.here.append(ticket)
             self.scheduler.submit(ticket)
             if ticket.place is Place.ADMITTED:
@@ -100,8 +110,18 @@ class DecodeMachine(RuleBasedStateMachine):
             self._start(data.draw(st.sampled_from(admitted)))
 
     def _start(self, ticket: Ticket[int]) -> None:
-        ticket.tokens += 1
-        self.scheduler.start(ticket)
+        forks = [
+            Ticket(ticket.tokens, ticket.total_tokens, ticket.payload + i, self._on_admitted, ticket.priority)
+            for i in range(1, 1 + len(ticket.fork_slots))
+        ]
+        before = {kind: self.pools.free(kind) for kind in KINDS}
+        self.scheduler.fork(ticket, forks)
+        assert before == {kind: self.pools.free(kind) for kind in KINDS}, "what is shared needs nothing"
+        assert all(list(fork.slabs) == list(ticket.slabs) for fork in forks)
+        self.here += forks
+        for started in (ticket, *forks):
+            started.tokens += 1
+            self.scheduler.start(started)
 
     @rule(steps=st.sampled_from([1, 10, 70]))
     def step(self, steps: int) -> None:
@@ -134,7 +154,7 @@ class DecodeMachine(RuleBasedStateMachine):
         self.here.remove(ticket)
         self.scheduler.leave(ticket)
         self.scheduler.leave(ticket)
-        assert (list(ticket.slabs), ticket.slot) == ([], -1)
+        assert (list(ticket.slabs), ticket.slot, ticket.fork_slots) == ([], -1, [])
 
     @rule(data=st.data())
     def leaves(self, data: st.DataObject) -> None:
@@ -149,9 +169,10 @@ class DecodeMachine(RuleBasedStateMachine):
         assert [scheduler.queued_requests, scheduler.running_requests, scheduler.parked_requests] == counts
         holders = self._at(Place.ADMITTED, Place.RUNNING)
         for kind in KINDS:
-            held = [slab for ticket in holders for slab in ticket.slabs.of(kind)]
-            assert len(set(held)) == len(held), "given out twice"
-        slots = [ticket.slot for ticket in holders]
+            assert all(len(set(ticket.slabs.of(kind))) == len(ticket.slabs.of(kind)) for ticket in holders)
+            held = {slab for ticket in holders for slab in ticket.slabs.of(kind)}
+            assert len(held) + self.pools.free(kind) == self.counts[kind], "neither held nor free"
+        slots = [slot for ticket in holders for slot in (ticket.slot, *ticket.fork_slots)]
         assert len(set(slots)) == len(slots)
         assert all(not list(ticket.slabs) for ticket in self.here if ticket not in holders)
         assert self.scheduler.parked_bytes <= self.parked_bytes_max
@@ -163,17 +184,18 @@ class DecodeMachine(RuleBasedStateMachine):
             return
         head = min(line, key=rank)
         holders = self._at(Place.ADMITTED, Place.RUNNING)
-        room = sum(len(t.slabs.blocks) < t.total_tokens // BLOCK for t in holders)
-        room += head.tokens // BLOCK < head.total_tokens // BLOCK
+        room = sum((1 + len(t.fork_slots)) * (len(t.slabs.blocks) < t.total_tokens // BLOCK) for t in holders)
+        room += (1 + head.forks) * (head.tokens // BLOCK < head.total_tokens // BLOCK)
+        room = room if holders else 0
         full = head.tokens // BLOCK
-        needs = [full + room, 1 if head.tail_of % BLOCK else 0, 1 if full and self.has_sinks else 0, 1]
+        needs = [full + room, 1 if head.tail_of % BLOCK else 0, 1 if full and self.has_sinks else 0, 1 + head.forks]
         pools = (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots)
         assert any(n > pool.free for n, pool in zip(needs, pools, strict=True))
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        patience = sum(ticket.total_tokens + 1 for ticket in self.here)
+        patience = sum((t.total_tokens + 1) * (1 + t.forks + len(t.fork_slots)) for t in self.here)
         while self.here:
             for ticket in self._at(Place.ADMITTED):
                 self._start(ticket)
@@ -236,5 +258,5 @@ def test_integrity_check_can_fail(what: str) -> None:
     scheduler = scheduler_of(pools_of("raw", 1, 1, 1), slots=1)
     taken: Any = scheduler.slots if what == "slots" else scheduler.pools.blocks
     taken.take(1)
-    with pytest.raises(AssertionError, match=r"hold slots|are held"):
+    with pytest.raises(AssertionError, match=r"hold 0 slots|is not held by"):
         scheduler.check_integrity()

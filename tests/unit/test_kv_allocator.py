@@ -40,9 +40,25 @@ class AllocatorMachine(RuleBasedStateMachine):
         if self.held:
             group = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
             self.slabs.give_back(group)
-            self.free += group
             for slab in group:
-                del self.generations[slab]
+                if not any(slab in others for others in self.held):
+                    self.free.append(slab)
+                    del self.generations[slab]
+
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        """Another holder of some slabs of a group: they keep their generation, and are free after both."""
+        if self.held:
+            group = data.draw(st.sampled_from(self.held))
+            shared = group[: data.draw(st.integers(1, len(group)))]
+            self.slabs.share(shared)
+            self.held.append(shared)
+
+    @rule(data=st.data())
+    def share_what_is_free(self, data: st.DataObject) -> None:
+        held = data.draw(st.sampled_from(self.held)) if self.held else []
+        with pytest.raises(KeyError):
+            self.slabs.share([*held, data.draw(st.sampled_from([*self.free[:1], self.slabs.count]))])
 
     @rule(data=st.data())
     def give_back_wrongly(self, data: st.DataObject) -> None:
@@ -58,7 +74,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.slabs.check_integrity()
         assert self.slabs.free == len(self.free)
         held = [slab for group in self.held for slab in group]
-        assert len(set(held)) == len(held)
+        assert len(set(held)) + len(self.free) == self.slabs.count
         assert {slab: self.slabs.generation(slab) for slab in held} == self.generations
         for slab in self.free:
             with pytest.raises(KeyError):
@@ -76,10 +92,12 @@ TestAllocator = AllocatorMachine.TestCase
 
 def test_integrity_check_can_fail() -> None:
     """Otherwise the invariant above would say nothing."""
-    twice, lost, both = SlabAllocator(2), SlabAllocator(2), SlabAllocator(2)
+    twice, lost, both, nobodys = SlabAllocator(2), SlabAllocator(2), SlabAllocator(2), SlabAllocator(2)
+    nobodys.take(1)
+    nobodys._holders[0] = 0
     twice._free.append(0)
     lost._free.clear()
-    both._generation[0] = 1
-    for broken in (twice, lost, both):
+    both._generation[0] = both._holders[0] = 1
+    for broken in (twice, lost, both, nobodys):
         with pytest.raises(AssertionError):
             broken.check_integrity()

@@ -28,10 +28,11 @@ from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import Sampling
+from zipserve.router.choice import Choice, Report
 from zipserve.router.detokenizer import Detokenizer
 from zipserve.router.job import Job
 from zipserve.router.policy import InFlight, Need, Worker
-from zipserve.router.session import Report, Rules, Session
+from zipserve.router.session import Rules, Session
 from zipserve.router.transcript import Chunk, Transcript
 from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeFinished, DecodeRequest, DecodeResponse, Pulled
 from zipserve.v1.kv_pb2 import KvHandle
@@ -193,10 +194,10 @@ class Run:
         self.deadline = Deadline(self.deadline_s)
         job = Job("r1", PROMPT, Sampling(seed=1), self.max_tokens, self.stop, frozenset({STOP_ID}))
         self.transcript = Transcript(job, Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids), ()))
+        self.choice = Choice(job, self.transcript)
         self.session = Session(
-            job,
+            [self.choice],
             Need("m", "r", job.tokens_max),
-            self.transcript,
             self.workers,
             self.in_flight,
             self.deadline,
@@ -207,7 +208,7 @@ class Run:
 
     @property
     def report(self) -> Report:
-        return self.session.report
+        return self.choice.report
 
     async def go(self) -> None:
         async with aclosing(self.session.run()) as chunks:
@@ -232,7 +233,7 @@ class Run:
         ids: list[int] = []
         for chunk in self.chunks:
             assert chunk.index == len(ids)
-            assert chunk
+            assert chunk or self.transcript.finish is not None
             ids += chunk.token_ids
         return ids
 

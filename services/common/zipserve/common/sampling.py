@@ -1,7 +1,7 @@
 """How tokens are drawn: the domain form of zipserve.v1.SamplingParams, validated."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.v1 import sampling_pb2
@@ -13,6 +13,8 @@ PENALTY_MAX = 2.0
 LOGIT_BIAS_MAX = 100.0
 LOGIT_BIAS_ENTRIES_MAX = 1024
 LOGPROBS_MAX = 20
+CHOICES_MAX = 16
+"""Choices of one prompt."""
 SEED_MAX = (1 << 64) - 1
 
 
@@ -72,6 +74,10 @@ class Sampling:
     def penalizes(self) -> bool:
         """Whether the tokens before a position play a part."""
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
+
+    def of_choice(self, choice: int) -> "Sampling":
+        """How the tokens of the choice of an index are drawn: by a seed of its own."""
+        return replace(self, seed=(self.seed + choice) & SEED_MAX)
 
     def check_ids(self, vocab_tokens: int) -> None:
         """Raises InvalidRequestError if a token id is not below the vocabulary's size."""

@@ -1,6 +1,7 @@
 """Which sequences hold slabs, and which wait for them. Pure: no clock, no device, no I/O."""
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Generic, TypeVar
@@ -41,10 +42,14 @@ class Ticket(Generic[T]):
     """Higher goes first; first come, first served within."""
     tail_of: int = 0
     """Its length at the handoff; 0 when it comes without a tail slab to read."""
+    forks: int = 0
+    """Sequences that will go on from the same tokens; it is admitted together with slots for them."""
     number: int = field(default=-1, init=False)
     place: Place = field(default=Place.OUTSIDE, init=False)
     slabs: Slabs = field(default_factory=Slabs, init=False)
     slot: int = field(default=-1, init=False)
+    fork_slots: list[int] = field(default_factory=list, init=False)
+    """Of the forks that have not come yet."""
 
 
 def _rank(ticket: Ticket[T]) -> tuple[int, int]:
@@ -120,6 +125,11 @@ class DecodeScheduler(Generic[T]):
                 f"this worker has {self.pools.blocks.count}",
                 field="max_new_tokens",
             )
+        if 1 + ticket.forks > self.slots.count:
+            raise InvalidRequestError(
+                f"{1 + ticket.forks} sequences of one prompt are more than the {self.slots.count} of this worker",
+                field="siblings",
+            )
         if self.queued_requests >= self._queue_requests_max:
             raise OverloadedError(f"{self.queued_requests} sequences wait, the limit is {self._queue_requests_max}")
         if self.queued_requests and self.queued_tokens + ticket.total_tokens > self._queue_tokens_max:
@@ -129,8 +139,17 @@ class DecodeScheduler(Generic[T]):
             )
         self._arrivals += 1
         ticket.number = self._arrivals
+        self._arrivals += ticket.forks
         self._move(ticket, Place.WAITING)
         self._admit()
+
+    def fork(self, ticket: Ticket[T], forks: Sequence[Ticket[T]]) -> None:
+        """Admits the forks of an admitted sequence: they share its slabs, and have slots of their own."""
+        for i, fork in enumerate(forks, start=1):
+            self.pools.share(ticket.slabs, fork.slabs)
+            fork.slot = ticket.fork_slots.pop()
+            fork.number = ticket.number + i
+            self._move(fork, Place.ADMITTED)
 
     def start(self, ticket: Ticket[T]) -> None:
         """An admitted sequence has its KV and joins the batch."""
@@ -186,21 +205,28 @@ class DecodeScheduler(Generic[T]):
     def _try_hold(self, ticket: Ticket[T]) -> bool:
         blocks = self.pools.sealed_blocks
         holders = [*self._tickets[Place.ADMITTED], *self._tickets[Place.RUNNING]]
-        reserve = sum(len(holder.slabs.blocks) < blocks(holder.total_tokens) for holder in holders)
-        reserve += blocks(ticket.tokens) < blocks(ticket.total_tokens)
-        if not self.slots.free or blocks(ticket.tokens) + reserve > self.pools.blocks.free:
+        reserve = sum(
+            (1 + len(holder.fork_slots)) * (len(holder.slabs.blocks) < blocks(holder.total_tokens))
+            for holder in holders
+        )
+        reserve += (1 + ticket.forks) * (blocks(ticket.tokens) < blocks(ticket.total_tokens))
+        if self.slots.free < 1 + ticket.forks:
+            return False
+        # Alone on the worker it is admitted all the same: forks that cannot grow together take turns.
+        if holders and blocks(ticket.tokens) + reserve > self.pools.blocks.free:
             return False
         if not self.pools.try_extend(ticket.slabs, ticket.tokens, ticket.tail_of):
             return False
-        ticket.slot = self.slots.take(1)[0]
-        ticket.tail_of = 0
+        ticket.slot, *ticket.fork_slots = self.slots.take(1 + ticket.forks)
+        ticket.tail_of = ticket.forks = 0
         return True
 
     def _free(self, ticket: Ticket[T]) -> None:
         self.pools.give_back(ticket.slabs)
         if ticket.slot >= 0:
-            self.slots.give_back([ticket.slot])
+            self.slots.give_back([ticket.slot, *ticket.fork_slots])
             ticket.slot = -1
+            ticket.fork_slots = []
 
     def _move(self, ticket: Ticket[T], place: Place) -> None:
         if ticket.place is not Place.OUTSIDE:
@@ -214,18 +240,20 @@ class DecodeScheduler(Generic[T]):
         self.pools.check_integrity()
         self.slots.check_integrity()
         holders = self._tickets[Place.ADMITTED] + self._tickets[Place.RUNNING]
-        if self.slots.count - self.slots.free != len(holders):
-            raise AssertionError(f"{len(holders)} sequences hold slots, {self.slots.free} are free")
+        held = sum(1 + len(holder.fork_slots) for holder in holders)
+        if self.slots.count - self.slots.free != held:
+            raise AssertionError(f"sequences hold {held} slots, {self.slots.free} are free")
         _check_held(holders, self.pools)
 
 
 def _check_held(holders: Iterable[Ticket[T]], pools: SlabPools) -> None:
-    held = [slab for ticket in holders for slab in ticket.slabs]
+    """Asserts that every slab is held as often as there are sequences that have it."""
+    held = Counter(slab for ticket in holders for slab in ticket.slabs)
     for kind, allocator in (
         (SlabKind.BLOCK, pools.blocks),
         (SlabKind.TAIL, pools.tails),
         (SlabKind.SINKS, pools.sinks),
     ):
-        count = sum(of is kind for of, _ in held)
-        if allocator.count - allocator.free != count:
-            raise AssertionError(f"{count} slabs of {kind.name} are held, {allocator.free} of {allocator.count} free")
+        for slab in range(allocator.count):
+            if allocator.holders(slab) != held[kind, slab]:
+                raise AssertionError(f"{kind.name} slab {slab} is not held by the {held[kind, slab]} that have it")

@@ -3,12 +3,13 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 
 from zipserve.common.errors import InvalidRequestError, ZipserveError
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
-from zipserve.common.sampling import Sampling
+from zipserve.common.sampling import CHOICES_MAX, Sampling
 from zipserve.decode.stream import Computed, Continuation, Finish, Stream
 from zipserve.decode.worker import DecodeWorker
 from zipserve.engine.device import Device
@@ -28,78 +29,92 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
         self, request: decode_service_pb2.DecodeRequest, context: Context
     ) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
         deadline = Deadline.of(context, self._deadline_default_s)
-        continuation = self._continuation(request)
-        if continuation.prompt:
+        continuations = self._continuations(request)
+        if request.prompt_token_ids:
             async with (
-                self._worker.computed(continuation, deadline) as stream,
-                aclosing(_told(stream, deadline)) as events,
+                self._worker.computed(continuations[0], deadline) as stream,
+                aclosing(_told([stream], deadline)) as events,
             ):
                 async for event in events:
                     yield event
         else:
-            async with self._worker.pulled(request.handle, continuation, deadline) as stream:
-                yield decode_service_pb2.DecodeResponse(pulled=_pulled(stream))
-                async with aclosing(_told(stream, deadline)) as events:
+            async with self._worker.pulled(request.handle, continuations, deadline) as streams:
+                yield decode_service_pb2.DecodeResponse(pulled=_pulled(streams[0]))
+                async with aclosing(_told(streams, deadline)) as events:
                     async for event in events:
                         yield event
 
-    def _continuation(self, request: decode_service_pb2.DecodeRequest) -> Continuation:
+    def _continuations(self, request: decode_service_pb2.DecodeRequest) -> list[Continuation]:
+        self._check(request)
+        params = Sampling.from_proto(request.sampling)
+        params.check_ids(self._device.vocab_tokens)
+        newest = [(request.token_id, params.seed), *((sibling.token_id, sibling.seed) for sibling in request.siblings)]
+        return [
+            Continuation(
+                request_id=request.request_id,
+                token_id=token_id,
+                sampling=Sampler(
+                    replace(params, seed=seed),
+                    request.prompt_token_ids or [*request.past_token_ids, token_id],
+                    prompt_tokens=request.prompt_tokens,
+                    min_tokens=request.min_tokens,
+                    stop_token_ids=request.stop_token_ids,
+                ),
+                max_new_tokens=request.max_new_tokens,
+                stop_token_ids=frozenset(request.stop_token_ids),
+                priority=request.priority,
+                prompt=tuple(request.prompt_token_ids),
+            )
+            for token_id, seed in newest
+        ]
+
+    def _check(self, request: decode_service_pb2.DecodeRequest) -> None:
         if request.max_new_tokens < 1:
             raise InvalidRequestError("max_new_tokens is 0, must be at least 1", field="max_new_tokens")
         if request.HasField("handle") == bool(request.prompt_token_ids):
             raise InvalidRequestError("needs either a handle or prompt_token_ids", field="handle")
-        past = request.prompt_token_ids or [*request.past_token_ids, request.token_id]
+        most = 0 if request.prompt_token_ids else CHOICES_MAX - 1
+        if len(request.siblings) > most:
+            raise InvalidRequestError(
+                f"there are {len(request.siblings)} siblings, at most {most} are allowed", field="siblings"
+            )
         for field, token_id in (
             ("token_id", request.token_id),
             ("prompt_token_ids", max(request.prompt_token_ids, default=0)),
             ("past_token_ids", max(request.past_token_ids, default=0)),
+            ("siblings", max((sibling.token_id for sibling in request.siblings), default=0)),
         ):
             if token_id >= self._device.vocab_tokens:
                 raise InvalidRequestError(
                     f"token id {token_id} is outside the vocabulary of {self._device.vocab_tokens}", field=field
                 )
-        params = Sampling.from_proto(request.sampling)
-        params.check_ids(self._device.vocab_tokens)
-        return Continuation(
-            request_id=request.request_id,
-            token_id=request.token_id,
-            sampling=Sampler(
-                params,
-                past,
-                prompt_tokens=request.prompt_tokens,
-                min_tokens=request.min_tokens,
-                stop_token_ids=request.stop_token_ids,
-            ),
-            max_new_tokens=request.max_new_tokens,
-            stop_token_ids=frozenset(request.stop_token_ids),
-            priority=request.priority,
-            prompt=tuple(request.prompt_token_ids),
-        )
 
 
-async def _told(stream: Stream, deadline: Deadline) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
-    """What comes out of a stream, tokens that are there together in one event."""
-    position = stream.first_position
-    while True:
+async def _told(streams: list[Stream], deadline: Deadline) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
+    """What comes out of the streams of a request, tokens of one that are there together in one event."""
+    output, running = streams[0].output, len(streams)
+    positions = [stream.first_position for stream in streams]
+    while running:
         async with asyncio.timeout(deadline.remaining_s()):
-            item = await stream.output.get()
-        if isinstance(item, Computed):
-            yield decode_service_pb2.DecodeResponse(computed=_computed(item))
-            continue
-        tokens: list[Drawn] = []
-        while isinstance(item, Drawn):
-            tokens.append(item)
-            if stream.output.empty():
-                break
-            item = stream.output.get_nowait()
-        if tokens:
-            yield decode_service_pb2.DecodeResponse(tokens=_decoded(position, tokens))
-            position += len(tokens)
-        if isinstance(item, ZipserveError):
-            raise item
-        if isinstance(item, Finish):
-            yield decode_service_pb2.DecodeResponse(finished=decode_service_pb2.DecodeFinished(reason=item.reason))
-            return
+            items = [await output.get()]
+        while not output.empty():
+            items.append(output.get_nowait())
+        drawn: dict[int, list[Drawn]] = {}
+        for index, item in items:
+            if isinstance(item, Computed):
+                yield decode_service_pb2.DecodeResponse(computed=_computed(item))
+            elif isinstance(item, Drawn):
+                drawn.setdefault(index, []).append(item)
+        for index, tokens in drawn.items():
+            yield decode_service_pb2.DecodeResponse(tokens=_decoded(index, positions[index], tokens))
+            positions[index] += len(tokens)
+        for index, item in items:
+            if isinstance(item, ZipserveError):
+                raise item
+            if isinstance(item, Finish):
+                running -= 1
+                finished = decode_service_pb2.DecodeFinished(reason=item.reason, sequence=index)
+                yield decode_service_pb2.DecodeResponse(finished=finished)
 
 
 def _computed(item: Computed) -> decode_service_pb2.Computed:
@@ -110,8 +125,9 @@ def _computed(item: Computed) -> decode_service_pb2.Computed:
     )
 
 
-def _decoded(position: int, tokens: list[Drawn]) -> decode_service_pb2.DecodedTokens:
+def _decoded(index: int, position: int, tokens: list[Drawn]) -> decode_service_pb2.DecodedTokens:
     return decode_service_pb2.DecodedTokens(
+        sequence=index,
         position=position,
         token_ids=[drawn.token_id for drawn in tokens],
         logprobs=[drawn.logprobs for drawn in tokens if drawn.logprobs is not None],

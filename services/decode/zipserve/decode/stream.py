@@ -44,6 +44,10 @@ class Finish:
     reason: FinishReason.ValueType
 
 
+Output = asyncio.Queue[tuple[int, Computed | Drawn | Finish | ZipserveError]]
+"""Index of a stream, and its next token or what ended it; never more than max_new_tokens + 2 entries of each."""
+
+
 @dataclass(eq=False)
 class Stream:
     """From its arrival to its last token."""
@@ -66,8 +70,10 @@ class Stream:
     generated: int = 0
     gone: bool = False
     """Finished, failed or abandoned; freed as soon as the device does not use it."""
-    output: "asyncio.Queue[Computed | Drawn | Finish | ZipserveError]" = field(default_factory=asyncio.Queue)
-    """Tokens, then what ended the stream; never more than max_new_tokens + 2 entries."""
+    index: int = 0
+    """Among the streams of its request."""
+    output: Output = field(default_factory=asyncio.Queue)
+    """Shared by the streams of a request."""
 
     @property
     def priority(self) -> int:

@@ -3,7 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 
 from zipserve.common import log
 from zipserve.common.chunking import share
@@ -64,29 +65,38 @@ class DecodeWorker:
 
     @asynccontextmanager
     async def pulled(
-        self, handle: kv_pb2.KvHandle, continuation: Continuation, deadline: Deadline
-    ) -> AsyncIterator[Stream]:
-        """Admits, pulls, verifies and joins a sequence. Leaving the context frees everything, at any point.
+        self, handle: kv_pb2.KvHandle, continuations: SequenceOf[Continuation], deadline: Deadline
+    ) -> AsyncIterator[list[Stream]]:
+        """Admits, pulls, verifies and joins sequences that go on from the same KV. Leaving the context frees all of
+        them, at any point.
+
+        Args:
+            continuations: of each sequence, at least one; they differ in newest token and sampling only.
 
         Raises:
-            DrainingError, OverloadedError, InvalidRequestError: it was not accepted.
-            HandoffError: its KV could not be read, or its lease was lost while it waited; everything is freed again.
+            DrainingError, OverloadedError, InvalidRequestError: they were not accepted.
+            HandoffError: their KV could not be read, or its lease was lost while it waited; everything is freed again.
             DeadlineError: waiting or reading took too long.
         """
-        with self._counted():
+        with self._counted(), ExitStack() as opened:
             claims = self._puller.open(handle)
-            with self._opened(continuation, claims.tokens, claims.tokens + continuation.max_new_tokens) as stream:
-                stream.sequence.length = stream.ticket.tail_of = claims.tokens
-                async with self._puller.lease(claims, continuation.request_id) as lease:
-                    self._scheduler.submit(stream.ticket)
-                    await lease.while_alive(self._admitted(stream, deadline))
-                    free = {kind: iter(stream.ticket.slabs.of(kind)) for kind in SlabKind}
-                    slabs = [next(free[SlabKind(ref.kind)]) for ref in claims.refs]
-                    stream.pulled = await lease.pull(slabs, deadline)
-                stream.first_position = claims.tokens + 1
+            total = claims.tokens + continuations[0].max_new_tokens
+            streams = [opened.enter_context(self._opened(one, claims.tokens, total)) for one in continuations]
+            first, *siblings = streams
+            first.ticket.tail_of, first.ticket.forks = claims.tokens, len(siblings)
+            async with self._puller.lease(claims, continuations[0].request_id) as lease:
+                self._scheduler.submit(first.ticket)
+                await lease.while_alive(self._admitted(first, deadline))
+                free = {kind: iter(first.ticket.slabs.of(kind)) for kind in SlabKind}
+                slabs = [next(free[SlabKind(ref.kind)]) for ref in claims.refs]
+                first.pulled = await lease.pull(slabs, deadline)
+            self._scheduler.fork(first.ticket, [sibling.ticket for sibling in siblings])
+            for index, stream in enumerate(streams):
+                stream.index, stream.output = index, first.output
+                stream.sequence.length, stream.first_position = claims.tokens, claims.tokens + 1
                 stream.ticket.tokens += 1
                 self._join(stream)
-                yield stream
+            yield streams
 
     @asynccontextmanager
     async def computed(self, continuation: Continuation, deadline: Deadline) -> AsyncIterator[Stream]:
@@ -225,10 +235,10 @@ class DecodeWorker:
             return
         if stream.continuation.prompt and not stream.generated:
             compute_s = time.monotonic() - stream.joined_s
-            stream.output.put_nowait(Computed(stream.queue_s, compute_s, stream.prompt_logprobs))
+            stream.output.put_nowait((stream.index, Computed(stream.queue_s, compute_s, stream.prompt_logprobs)))
             self._metrics.prompt_tokens.inc(len(stream.continuation.prompt))
         token_id = drawn.token_id
-        stream.output.put_nowait(drawn)
+        stream.output.put_nowait((stream.index, drawn))
         stream.next_input = token_id
         stream.continuation.sampling.append(token_id)
         stream.generated += 1
@@ -240,7 +250,7 @@ class DecodeWorker:
             self._finish(stream, Finish(FinishReason.FINISH_REASON_LENGTH))
 
     def _finish(self, stream: Stream, how: Finish | ZipserveError) -> None:
-        stream.output.put_nowait(how)
+        stream.output.put_nowait((stream.index, how))
         stream.gone = True
 
     def _end(self, stream: Stream) -> None:

@@ -4,7 +4,7 @@ from zipserve.common.errors import InvalidRequestError, LayoutMismatchError
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
-from zipserve.common.sampling import Sampling
+from zipserve.common.sampling import CHOICES_MAX, Sampling
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
 from zipserve.engine.sampling import Sampler
@@ -29,23 +29,30 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         deadline.remaining_s()
         params = Sampling.from_proto(request.sampling)
         params.check_ids(self._device.vocab_tokens)
-        sampling = Sampler(
-            params,
-            request.token_ids,
-            prompt_tokens=request.prompt_tokens,
-            min_tokens=request.min_tokens,
-            stop_token_ids=request.stop_token_ids,
-        )
+        samplers = [
+            Sampler(
+                params.of_choice(choice),
+                request.token_ids,
+                prompt_tokens=request.prompt_tokens,
+                min_tokens=request.min_tokens,
+                stop_token_ids=request.stop_token_ids,
+            )
+            for choice in range(request.choices or 1)
+        ]
         done = await self._worker.prefill(
-            request.request_id, list(request.token_ids), sampling, deadline.at_s, request.priority
+            request.request_id, list(request.token_ids), samplers, deadline.at_s, request.priority
         )
         return prefill_service_pb2.PrefillResponse(
-            token_id=done.drawn.token_id,
+            token_id=done.drawn[0].token_id,
             handle=done.handle,
             queue_time=to_duration(done.queue_s),
             compute_time=to_duration(done.compute_s),
-            logprobs=done.drawn.logprobs,
+            logprobs=done.drawn[0].logprobs,
             prompt_logprobs=done.prompt_logprobs,
+            other_choices=[
+                prefill_service_pb2.FirstToken(token_id=drawn.token_id, logprobs=drawn.logprobs)
+                for drawn in done.drawn[1:]
+            ],
         )
 
     async def ReleaseHandle(
@@ -63,6 +70,8 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             raise InvalidRequestError(
                 f"token id {largest} is outside the vocabulary of {self._device.vocab_tokens}", field="token_ids"
             )
+        if request.choices > CHOICES_MAX:
+            raise InvalidRequestError(f"choices is {request.choices}, at most {CHOICES_MAX}", field="choices")
         layout = self._device.layout
         if request.layout_fingerprint != layout.fingerprint:
             raise LayoutMismatchError(

@@ -27,8 +27,8 @@ _log = log.get()
 class Prefilled:
     """A computed prompt."""
 
-    drawn: Drawn
-    """The token after it."""
+    drawn: list[Drawn]
+    """The token after it, of each choice."""
     prompt_logprobs: list[TokenLogprobs]
     """Of its tokens but the first, if they were asked for."""
     handle: kv_pb2.KvHandle
@@ -42,7 +42,8 @@ class Prompt:
 
     request_id: str
     token_ids: list[int]
-    sampling: Sampler
+    samplers: list[Sampler]
+    """Of each choice."""
     submitted_s: float
     result: "asyncio.Future[Prefilled]"
     started_s: float = 0.0
@@ -55,7 +56,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class _Computed:
-    drawn: Drawn
+    drawn: list[Drawn]
     refs: list[kv_pb2.BlockRef]
 
 
@@ -78,11 +79,12 @@ class PrefillWorker:
         self.draining = False
 
     async def prefill(
-        self, request_id: str, token_ids: list[int], sampling: Sampler, deadline_s: float, priority: int = 0
+        self, request_id: str, token_ids: list[int], samplers: list[Sampler], deadline_s: float, priority: int = 0
     ) -> Prefilled:
         """Computes a prompt when its turn comes. Cancelling frees all that it holds before the next step.
 
         Args:
+            samplers: of each choice that is wanted; at least one.
             deadline_s: on time.monotonic()'s clock.
             priority: higher goes first.
 
@@ -95,7 +97,7 @@ class PrefillWorker:
             raise DrainingError("this prefill worker is going away")
         result: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
         now_s = time.monotonic()
-        job = Job(len(token_ids), deadline_s, Prompt(request_id, token_ids, sampling, now_s, result), priority)
+        job = Job(len(token_ids), deadline_s, Prompt(request_id, token_ids, samplers, now_s, result), priority)
         self._scheduler.submit(job, now_s)
         self._idle.clear()
         self._work.set()
@@ -195,13 +197,16 @@ class PrefillWorker:
         prompts = [chunk.job.payload for chunk in chunks]
         step = self._device.engine.forward([_segment(chunk) for chunk in chunks])
         last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
-        tokens = draw(step.logits[last], [prompts[i].sampling for i in last], [len(prompts[i].token_ids) for i in last])
+        owners = [i for i in last for _ in prompts[i].samplers]
+        samplers = [sampler for i in last for sampler in prompts[i].samplers]
+        tokens = draw(step.logits[owners], samplers, [len(prompts[i].token_ids) for i in owners])
         outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(chunks))]
         for i, rows in step.every.items():
             prompts[i].logprobs += prompt_logprobs(
-                rows, prompts[i].token_ids, chunks[i].job.computed, prompts[i].sampling.params.prompt_logprobs or 0
+                rows, prompts[i].token_ids, chunks[i].job.computed, prompts[i].samplers[0].params.prompt_logprobs or 0
             )
-        for i, drawn in zip(last, tokens, strict=True):
+        for i in last:
+            drawn = [token for token, owner in zip(tokens, owners, strict=True) if owner == i]
             try:
                 outcomes[i] = outcomes[i] or _Computed(drawn, self._seal(chunks[i].job))
             except KvValueError as error:
@@ -235,7 +240,7 @@ class PrefillWorker:
 def _segment(chunk: Chunk[Prompt]) -> Segment:
     job, sequence = chunk.job, chunk.job.payload.sequence
     assert sequence is not None
-    wants_logprobs = job.payload.sampling.params.prompt_logprobs is not None
+    wants_logprobs = job.payload.samplers[0].params.prompt_logprobs is not None
     return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens], wants_logprobs)
 
 

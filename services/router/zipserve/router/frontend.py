@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, InvalidRequestError, ModelNotFoundError, ZipserveError
@@ -17,6 +17,7 @@ from zipserve.common.models import ModelFiles
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
 from zipserve.router.admission import Admission, Ticket
+from zipserve.router.choice import Choice, Report, job_of
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.router.job import (
@@ -25,10 +26,12 @@ from zipserve.router.job import (
     check_prompt,
     check_prompt_logprobs,
     check_stop,
+    choices_of,
     completion_tokens,
 )
+from zipserve.router.merge import merge
 from zipserve.router.policy import InFlight, Need
-from zipserve.router.session import Report, Rules, Session, Workers
+from zipserve.router.session import Rules, Session, Workers
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.transcript import Chunk, Transcript
 from zipserve.v1.inference_service_pb2 import GenerateRequest, PromptLogprobs
@@ -47,7 +50,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Finished:
-    """The generation ended. Times in seconds."""
+    """A choice ended. Times in seconds."""
 
     reason: FinishReason.ValueType
     prompt_tokens: int
@@ -55,6 +58,7 @@ class Finished:
     first_token_s: float
     decode_s: float
     report: Report
+    choice: int = 0
 
 
 Event = Started | PromptLogprobs | Chunk | Finished
@@ -67,8 +71,7 @@ class _Trace:
     arrived_s: float
     outcome: str = "CANCELLED"
     job: Job | None = None
-    transcript: Transcript | None = None
-    session: Session | None = None
+    choices: list[Choice] = field(default_factory=list)
 
 
 class Frontend:
@@ -167,6 +170,7 @@ class Frontend:
     async def _check(self, request: GenerateRequest, request_id: str, ticket: Ticket) -> Job:
         if request.model not in ("", self.model.name):
             raise ModelNotFoundError(f"model {request.model[:128]!r} is not served; served: {self.model.name}")
+        n = choices_of(request.n)
         facts = self.facts()
         sampling = Sampling.from_proto(request.sampling, default_seed=secrets.randbits(64))
         sampling.check_ids(facts.vocab_tokens)
@@ -186,8 +190,9 @@ class Frontend:
             stop_token_ids=eos.union(request.stop.stop_token_ids),
             priority=request.priority,
             min_tokens=request.stop.min_tokens,
+            n=n,
         )
-        self._admission.reserve(ticket, job.tokens_max, self._now())
+        self._admission.reserve(ticket, len(prompt) + n * max_tokens, self._now())
         return job
 
     async def _encode(self, request: GenerateRequest) -> list[int]:
@@ -204,11 +209,12 @@ class Frontend:
     async def _run(
         self, job: Job, deadline: Deadline, trace: _Trace
     ) -> AsyncGenerator[PromptLogprobs | Chunk | Finished, None]:
-        transcript = trace.transcript = Transcript(job, self._tokenizer.detokenizer())
-        session = trace.session = Session(
-            job=job,
+        for index in range(job.n):
+            own = job_of(job, index)
+            trace.choices.append(Choice(own, Transcript(own, self._tokenizer.detokenizer())))
+        session = Session(
+            choices=trace.choices,
             need=Need(self.model.name, self.model.revision, job.tokens_max),
-            transcript=transcript,
             workers=self._workers,
             in_flight=self._in_flight,
             deadline=deadline,
@@ -217,37 +223,31 @@ class Frontend:
             now=self._now,
         )
         started = False
-        async with aclosing(session.run()) as chunks:
+        async with aclosing(_run_parting(session)) as chunks:
             async for chunk in chunks:
                 if not started:
                     started = True
                     self._metrics.first_token_seconds.observe(self._now() - trace.arrived_s)
-                yield chunk
-        assert transcript.finish is not None
-        trace.outcome = FinishReason.Name(transcript.finish).removeprefix("FINISH_REASON_")
-        report = session.report
-        first_s, last_s = report.first_token_at_s or trace.arrived_s, report.last_token_at_s or trace.arrived_s
-        yield Finished(
-            reason=transcript.finish,
-            prompt_tokens=len(job.prompt),
-            completion_tokens=len(transcript.token_ids),
-            first_token_s=first_s - trace.arrived_s,
-            decode_s=last_s - first_s,
-            report=report,
-        )
+                if chunk:
+                    yield chunk
+                if isinstance(chunk, Chunk) and chunk.ends:
+                    yield _finished(trace.choices[chunk.choice], trace.arrived_s)
+        reasons = {choice.transcript.finish or FinishReason.FINISH_REASON_UNSPECIFIED for choice in trace.choices}
+        trace.outcome = "+".join(sorted(FinishReason.Name(r).removeprefix("FINISH_REASON_") for r in reasons))
 
     def _log_finished(self, request_id: str, trace: _Trace) -> None:
         now_s = self._now()
         values: dict[str, object] = {"reason": trace.outcome, "seconds": round(now_s - trace.arrived_s, 4)}
         if trace.job is not None:
             values |= {"prompt_tokens": len(trace.job.prompt), "max_tokens": trace.job.max_tokens}
-        if trace.transcript is not None and trace.session is not None:
-            report = trace.session.report
-            completion_tokens = len(trace.transcript.token_ids)
+        if trace.choices:
+            report = trace.choices[0].report
+            completion_tokens = sum(len(choice.transcript.token_ids) for choice in trace.choices)
             self._metrics.generated_tokens.inc(completion_tokens)
             values |= {
+                "choices": len(trace.choices),
                 "completion_tokens": completion_tokens,
-                "replays": report.replays,
+                "replays": sum(choice.report.replays for choice in trace.choices),
                 "queue_s": round(report.queue_s, 4),
                 "prefill_s": round(report.prefill_s, 4),
                 "transfer_s": round(report.transfer_s, 4),
@@ -259,3 +259,28 @@ class Frontend:
                 values["first_token_s"] = round(report.first_token_at_s - trace.arrived_s, 4)
                 values["decode_s"] = round(report.last_token_at_s - report.first_token_at_s, 4)
         _log.info("request.finished", request_id=request_id, model=self.model.name, **values)
+
+
+async def _run_parting(session: Session) -> AsyncGenerator[PromptLogprobs | Chunk, None]:
+    """Runs a session, and those of the choices that part when it fails."""
+    async with aclosing(session.run()) as chunks:
+        async for chunk in chunks:
+            yield chunk
+    async with aclosing(merge([parted.run() for parted in session.parted()])) as chunks:
+        async for chunk in chunks:
+            yield chunk
+
+
+def _finished(choice: Choice, arrived_s: float) -> Finished:
+    transcript, report = choice.transcript, choice.report
+    assert transcript.finish is not None
+    first_s, last_s = report.first_token_at_s or arrived_s, report.last_token_at_s or arrived_s
+    return Finished(
+        reason=transcript.finish,
+        prompt_tokens=len(choice.job.prompt),
+        completion_tokens=len(transcript.token_ids),
+        first_token_s=first_s - arrived_s,
+        decode_s=last_s - first_s,
+        report=report,
+        choice=choice.job.choice,
+    )

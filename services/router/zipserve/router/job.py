@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zipserve.common.errors import InvalidRequestError
-from zipserve.common.sampling import Sampling
+from zipserve.common.sampling import CHOICES_MAX, Sampling
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.v1.sampling_pb2 import StopConditions
@@ -32,6 +32,10 @@ class Job:
     """Higher goes first on every worker."""
     min_tokens: int = 0
     """Generated tokens before which nothing but max_tokens ends it."""
+    n: int = 1
+    """How many answers to the prompt are wanted."""
+    choice: int = 0
+    """Which of them this is."""
 
     @property
     def tokens_max(self) -> int:
@@ -61,6 +65,13 @@ def check_prompt_logprobs(prompt_tokens: int, sampling: Sampling) -> None:
             f"{prompt_tokens * each} values, at most {PROMPT_LOGPROBS_MAX} are allowed",
             field="sampling.prompt_logprobs",
         )
+
+
+def choices_of(n: int) -> int:
+    """How many answers a request wants; raises InvalidRequestError for more than CHOICES_MAX."""
+    if n > CHOICES_MAX:
+        raise InvalidRequestError(f"n is {n}, must be 1 to {CHOICES_MAX}", field="n")
+    return n or 1
 
 
 def check_stop(stop: StopConditions, facts: ModelFacts, settings: RouterSettings) -> None:

@@ -97,9 +97,9 @@ class InFlight:
             yield
 
     @contextmanager
-    def decoding(self, worker: Worker) -> Iterator[None]:
-        """Counts a sequence while the context is open."""
-        with _counted(self.decode_requests, worker.key, 1):
+    def decoding(self, worker: Worker, sequences: int = 1) -> Iterator[None]:
+        """Counts sequences while the context is open."""
+        with _counted(self.decode_requests, worker.key, sequences):
             yield
 
     def picked(self, route: Pair | Alone) -> None:

@@ -61,7 +61,9 @@ def _response(event: Event) -> pb.GenerateResponse:
         return pb.GenerateResponse(finished=_finished(event))
     if isinstance(event, pb.PromptLogprobs):
         return pb.GenerateResponse(prompt_logprobs=event)
-    delta = pb.Delta(index=event.index, token_ids=event.token_ids, text=event.text, logprobs=event.logprobs)
+    delta = pb.Delta(
+        index=event.index, token_ids=event.token_ids, text=event.text, logprobs=event.logprobs, choice=event.choice
+    )
     return pb.GenerateResponse(delta=delta)
 
 
@@ -69,6 +71,7 @@ def _finished(event: Finished) -> pb.Finished:
     report = event.report
     return pb.Finished(
         reason=event.reason,
+        choice=event.choice,
         usage=pb.Usage(
             prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens, replays=report.replays
         ),

@@ -1,12 +1,13 @@
 """One request's way over the workers: pick a pair, prefill, decode, and again from the emitted tokens when one fails.
 
-What the client has seen is in the transcript; a replay prefills prompt and transcript and goes on behind it. Knows no
+What the client has seen is in the transcripts; a replay prefills prompt and transcript and goes on behind it. Several
+choices of one prompt share a prefill and a decode; what is left of them after a failure goes ways of its own. Knows no
 gRPC: workers are reached through the `Workers` interface.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -23,15 +24,14 @@ from zipserve.common.errors import (
 )
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
-from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.sampling import Sampling
-from zipserve.router.job import Job
+from zipserve.router.choice import Choice
 from zipserve.router.policy import Alone, InFlight, Need, Pair, Worker, WorkerKey, choose, choose_alone, missing
-from zipserve.router.transcript import Chunk, Transcript
-from zipserve.v1.decode_service_pb2 import Computed, DecodeRequest, DecodeResponse, Pulled
+from zipserve.router.transcript import Chunk
+from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, Sibling
 from zipserve.v1.inference_service_pb2 import PromptLogprobs
 from zipserve.v1.kv_pb2 import KvHandle
-from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
+from zipserve.v1.prefill_service_pb2 import FirstToken, PrefillRequest, PrefillResponse
 from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 _log = log.get()
@@ -78,66 +78,31 @@ class Rules:
     """Pause after the first failed attempt; doubles with every further one."""
 
 
-@dataclass
-class Report:
-    """What a request took, over all attempts. Times in seconds."""
-
-    replays: int = 0
-    queue_s: float = 0.0
-    prefill_s: float = 0.0
-    transfer_s: float = 0.0
-    first_token_at_s: float | None = None
-    last_token_at_s: float | None = None
-    kv_bytes: int = 0
-    kv_blocks: int = 0
-    kv_tokens: int = 0
-    prefill_worker: str = ""
-    decode_worker: str = ""
-
-    def count_prefill(self, answer: PrefillResponse) -> None:
-        """Adds what a prefill took."""
-        self.queue_s += to_seconds(answer.queue_time)
-        self.prefill_s += to_seconds(answer.compute_time)
-
-    def count_computed(self, computed: Computed) -> None:
-        """Adds what computing the prompt on a decode worker took."""
-        self.queue_s += to_seconds(computed.queue_time)
-        self.prefill_s += to_seconds(computed.compute_time)
-
-    def count_pull(self, pulled: Pulled, tokens: int) -> None:
-        """Adds what moved to a decode worker."""
-        self.transfer_s += to_seconds(pulled.transfer_time) + to_seconds(pulled.verify_time)
-        self.kv_bytes += pulled.bytes
-        self.kv_blocks += pulled.blocks
-        self.kv_tokens += tokens
-
-
 class Session:
-    """The run of one job."""
+    """The run of choices that share their tokens so far: those of a new prompt, or one that may have tokens."""
 
     def __init__(
         self,
-        job: Job,
+        choices: Sequence[Choice],
         need: Need,
-        transcript: Transcript,
         workers: Workers,
         in_flight: InFlight,
         deadline: Deadline,
         rules: Rules,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
+        failed: Collection[WorkerKey] = (),
     ) -> None:
-        self.report = Report()
-        self._job = job
+        self._choices = choices
+        self._job = choices[0].job
         self._need = need
-        self._transcript = transcript
         self._workers = workers
         self._in_flight = in_flight
         self._deadline = deadline
         self._rules = rules
         self._metrics = metrics
         self._now = now
-        self._failed: set[WorkerKey] = set()
+        self._failed = set(failed)
         self._overloads: dict[WorkerKey, tuple[float, OverloadedError]] = {}
         """Until when a worker wants to be left alone, and its words."""
         self._failures = 0
@@ -146,26 +111,44 @@ class Session:
         """Who was called last."""
 
     async def run(self) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
-        """Generates until the transcript has ended. Closing it cancels what runs and gives up what is held.
+        """Generates until the transcripts have ended, or are to go on one by one: see `parted`. Closing it cancels what
+        runs and gives up what is held.
 
         Raises:
             NoWorkerError: no pair of workers could serve this in time.
             ZipserveError: an error that a replay cannot help, or the last one when all attempts failed.
         """
-        while self._transcript.finish is None:
+        while self._unfinished() and not self.parted():
             route = await self._next_route()
-            tokens_before = len(self._transcript.token_ids)
+            tokens_before = self._tokens
             try:
                 async with aclosing(self._attempt(route)) as chunks:
                     async for chunk in chunks:
                         yield chunk
             except ZipserveError as error:
                 # a first token proves nothing: with a broken handoff every prefill would still yield one
-                if len(self._transcript.token_ids) - tokens_before > 1:
+                if self._tokens - tokens_before > len(self._choices):
                     self._failures = 0
                 self._note_failure(error, route)
                 backoff_s = min(self._rules.backoff_s * 2 ** (self._failures - 1), _BACKOFF_MAX_S)
                 await asyncio.sleep(self._deadline.remaining_s(backoff_s))
+
+    def parted(self) -> list["Session"]:
+        """A session for each unfinished choice of several, once they have tokens of their own to be replayed, or where
+        there is no prefill worker to share.
+        """
+        if len(self._choices) == 1 or not (self._tokens or self._is_local()):
+            return []
+        shared = (self._need, self._workers, self._in_flight, self._deadline, self._rules, self._metrics, self._now)
+        return [Session([choice], *shared, self._failed) for choice in self._unfinished()]
+
+    @property
+    def _tokens(self) -> int:
+        """Generated so far by all choices."""
+        return sum(len(choice.transcript.token_ids) for choice in self._choices)
+
+    def _unfinished(self) -> list[Choice]:
+        return [choice for choice in self._choices if choice.transcript.finish is None]
 
     async def _next_route(self) -> Pair | Alone:
         give_up_s = self._now() + self._rules.worker_wait_s
@@ -195,7 +178,7 @@ class Session:
     def _is_local(self) -> bool:
         """Whether the decode worker is to compute what there is so far."""
         limit = self._rules.local_prefill_tokens_max
-        return limit < 0 or self._transcript.position <= limit
+        return limit < 0 or self._choices[0].transcript.position <= limit
 
     def _remaining_s(self, error: ZipserveError) -> float:
         """Seconds left; when none are, raises what they were waited for."""
@@ -206,7 +189,7 @@ class Session:
 
     async def _attempt(self, route: Pair | Alone) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         self._in_flight.picked(route)
-        with self._in_flight.decoding(route.decode):
+        with self._in_flight.decoding(route.decode, len(self._choices)):
             timeout_s = self._deadline.remaining_s()
             attempt = self._over(route) if isinstance(route, Pair) else self._decode(route, None, timeout_s)
             async with aclosing(attempt) as chunks:
@@ -215,16 +198,20 @@ class Session:
 
     async def _over(self, pair: Pair) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         """From the prefill worker over to the decode worker."""
-        prefill, token_ids = pair.prefill, self._transcript.sequence
+        prefill, token_ids = pair.prefill, self._choices[0].transcript.sequence
         with self._in_flight.prefilling(prefill, len(token_ids)):
             answer = await self._prefill(prefill, token_ids)
         handed_over = False
         try:
             if answer.prompt_logprobs:
                 yield PromptLogprobs(logprobs=answer.prompt_logprobs)
-            own = [answer.logprobs] if answer.HasField("logprobs") else []
-            yield self._append(len(token_ids), [answer.token_id], own)
-            if self._transcript.finish is None:
+            own = FirstToken(
+                token_id=answer.token_id, logprobs=answer.logprobs if answer.HasField("logprobs") else None
+            )
+            for choice, first in zip(self._choices, [own, *answer.other_choices], strict=True):
+                logprobs = [first.logprobs] if first.HasField("logprobs") else []
+                yield self._append(choice, len(token_ids), [first.token_id], logprobs)
+            if self._unfinished():
                 timeout_s = self._deadline.remaining_s()
                 handed_over = True
                 async with aclosing(self._decode(pair, answer, timeout_s)) as chunks:
@@ -236,7 +223,8 @@ class Session:
 
     async def _prefill(self, worker: Worker, token_ids: list[int]) -> PrefillResponse:
         self._called = worker
-        self.report.prefill_worker = worker.worker_id
+        for choice in self._choices:
+            choice.report.prefill_worker = worker.worker_id
         request = PrefillRequest(
             request_id=self._job.request_id,
             token_ids=token_ids,
@@ -246,55 +234,42 @@ class Session:
             prompt_tokens=len(self._job.prompt),
             min_tokens=self._job.min_tokens,
             stop_token_ids=sorted(self._job.stop_token_ids),
+            choices=len(self._choices),
         )
         answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
-        self.report.count_prefill(answer)
+        if len(answer.other_choices) != len(self._choices) - 1:
+            raise InternalError(
+                f"prefill worker {worker.worker_id} drew {1 + len(answer.other_choices)} first tokens, not "
+                f"{len(self._choices)}"
+            )
+        for choice in self._choices:
+            choice.report.count_prefill(answer)
         return answer
 
     def _sampling(self) -> Sampling:
-        """As asked for; but the prompt's log-probabilities have come with the first token, if there is one."""
+        """As asked for; but the prompt's log-probabilities come once, with the first token of the first choice."""
         sampling = self._job.sampling
-        return replace(sampling, prompt_logprobs=None) if self._transcript.token_ids else sampling
+        return replace(sampling, prompt_logprobs=None) if self._tokens or self._job.choice else sampling
 
     async def _decode(
         self, route: Pair | Alone, answer: PrefillResponse | None, timeout_s: float
     ) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         """Goes on from what was prefilled, or without an answer lets the decode worker compute the prompt as well."""
         self._called = worker = route.decode
-        self.report.decode_worker = worker.worker_id
-        kv_tokens = self._transcript.position - 1
-        request = DecodeRequest(
-            request_id=self._job.request_id,
-            sampling=(self._job.sampling if answer else self._sampling()).to_proto(),
-            max_new_tokens=self._transcript.remaining,
-            stop_token_ids=sorted(self._job.stop_token_ids),
-            priority=self._job.priority,
-            prompt_tokens=len(self._job.prompt),
-            min_tokens=self._job.min_tokens,
-        )
+        choices = self._unfinished()
+        for choice in choices:
+            choice.report.decode_worker = worker.worker_id
         if answer is None:
-            self.report.prefill_worker = worker.worker_id
-            request.prompt_token_ids.extend(self._transcript.sequence)
-        else:
-            request.handle.CopyFrom(answer.handle)
-            request.token_id = answer.token_id
-            request.past_token_ids.extend(self._transcript.sequence[:kv_tokens] if self._job.sampling.penalizes else ())
+            choices[0].report.prefill_worker = worker.worker_id
+        request = self._decode_request(choices, answer)
         pulled = False
         try:
             async with aclosing(self._workers.decode(worker, request, timeout_s)) as events:
                 async for event in events:
-                    if event.HasField("pulled"):
-                        pulled = True
-                        self.report.count_pull(event.pulled, kv_tokens)
-                        continue
-                    if event.HasField("computed"):
-                        self.report.count_computed(event.computed)
-                        if event.computed.prompt_logprobs:
-                            yield PromptLogprobs(logprobs=event.computed.prompt_logprobs)
-                        continue
-                    if chunk := self._take(event, worker):
+                    pulled |= event.HasField("pulled")
+                    for chunk in self._take(event, choices, worker):
                         yield chunk
-                    if self._transcript.finish is not None:
+                    if not self._unfinished():
                         await self._settle(events)
                         return
             raise WorkerLostError(f"decode worker {worker.worker_id} ended its stream before the sequence ended")
@@ -303,29 +278,70 @@ class Session:
                 self._workers.release(route.prefill, answer.handle, self._job.request_id)
             raise
 
-    def _take(self, event: DecodeResponse, worker: Worker) -> Chunk | None:
-        if event.HasField("tokens"):
-            return self._append(event.tokens.position, event.tokens.token_ids, event.tokens.logprobs)
-        if event.HasField("finished"):
-            if event.finished.reason == FinishReason.FINISH_REASON_UNSPECIFIED:
-                raise InternalError(f"decode worker {worker.worker_id} ended a sequence without a reason")
-            return self._transcript.end(event.finished.reason)
-        return None
+    def _decode_request(self, choices: list[Choice], answer: PrefillResponse | None) -> DecodeRequest:
+        first = choices[0].transcript
+        request = DecodeRequest(
+            request_id=self._job.request_id,
+            sampling=(choices[0].job.sampling if answer else self._sampling()).to_proto(),
+            max_new_tokens=first.remaining,
+            stop_token_ids=sorted(self._job.stop_token_ids),
+            priority=self._job.priority,
+            prompt_tokens=len(self._job.prompt),
+            min_tokens=self._job.min_tokens,
+        )
+        if answer is None:
+            request.prompt_token_ids.extend(first.sequence)
+        else:
+            request.handle.CopyFrom(answer.handle)
+            request.token_id = first.token_ids[-1]
+            request.past_token_ids.extend(first.sequence[:-1] if self._job.sampling.penalizes else ())
+            request.siblings.extend(_sibling(choice) for choice in choices[1:])
+        return request
+
+    def _take(self, event: DecodeResponse, choices: list[Choice], worker: Worker) -> Iterator[Chunk | PromptLogprobs]:
+        match event.WhichOneof("event"):
+            case "pulled":
+                for choice in choices:
+                    choice.report.count_pull(event.pulled, choice.transcript.position - 1)
+            case "computed":
+                choices[0].report.count_computed(event.computed)
+                if event.computed.prompt_logprobs:
+                    yield PromptLogprobs(logprobs=event.computed.prompt_logprobs)
+            case "tokens" | "finished" as kind:
+                yield from self._take_of_one(kind, event, choices, worker)
+
+    def _take_of_one(self, kind: str, event: DecodeResponse, choices: list[Choice], worker: Worker) -> Iterator[Chunk]:
+        number = event.tokens.sequence if kind == "tokens" else event.finished.sequence
+        if number >= len(choices):
+            raise InternalError(f"decode worker {worker.worker_id} has sent sequence {number} of {len(choices)}")
+        choice = choices[number]
+        if choice.transcript.finish is not None:  # by a stop string, which workers know nothing of
+            return
+        if kind == "tokens":
+            chunk = self._append(choice, event.tokens.position, event.tokens.token_ids, event.tokens.logprobs)
+        elif event.finished.reason == FinishReason.FINISH_REASON_UNSPECIFIED:
+            raise InternalError(f"decode worker {worker.worker_id} ended a sequence without a reason")
+        else:
+            chunk = choice.transcript.end(event.finished.reason)
+        if chunk or chunk.ends:
+            yield chunk
 
     async def _settle(self, events: AsyncGenerator[DecodeResponse, None]) -> None:
         """Lets a worker that knows itself that this was the last token say so, instead of being cancelled."""
-        if self._transcript.stop_string is None:
+        if all(choice.transcript.stop_string is None for choice in self._choices):
             with suppress(ZipserveError, TimeoutError):
                 async with asyncio.timeout(_SETTLE_S):
                     async for _ in events:
                         pass
 
-    def _append(self, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> Chunk:
-        chunk = self._transcript.append(position, token_ids, logprobs)
+    def _append(
+        self, choice: Choice, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> Chunk:
+        chunk = choice.transcript.append(position, token_ids, logprobs)
         if chunk.token_ids:
-            self.report.last_token_at_s = self._now()
-            if self.report.first_token_at_s is None:
-                self.report.first_token_at_s = self.report.last_token_at_s
+            choice.report.last_token_at_s = self._now()
+            if choice.report.first_token_at_s is None:
+                choice.report.first_token_at_s = choice.report.last_token_at_s
         return chunk
 
     def _note_failure(self, error: ZipserveError, route: Pair | Alone) -> None:
@@ -342,13 +358,18 @@ class Session:
         self._failed.update(w.key for w in blamed)
         if isinstance(error, OverloadedError):
             self._overloads[worker.key] = self._now() + error.retry_after_s, error
-        self.report.replays += 1
+        for choice in self._unfinished():
+            choice.report.replays += 1
         self._metrics.replays.labels(error.reason).inc()
         _log.warning(
             "request.replayed",
             reason=error.reason,
             error=error.message,
             peer=worker.worker_id,
-            tokens=len(self._transcript.token_ids),
+            tokens=self._tokens,
             failures=self._failures,
         )
+
+
+def _sibling(choice: Choice) -> Sibling:
+    return Sibling(token_id=choice.transcript.token_ids[-1], seed=choice.job.sampling.seed)

@@ -23,6 +23,10 @@ class Chunk:
     text: str
     logprobs: tuple[TokenLogprobs, ...] = ()
     """Of each token, if they are asked for."""
+    choice: int = 0
+    """Which of the answers to the prompt."""
+    ends: bool = False
+    """Whether nothing follows."""
 
     def __bool__(self) -> bool:
         return bool(self.token_ids or self.text)
@@ -74,11 +78,11 @@ class Transcript:
                 break
             text += self._append(token_id)
         taken = tuple(self.token_ids[start:])
-        return Chunk(start, taken, text, tuple(logprobs[: len(taken)]))
+        return Chunk(start, taken, text, tuple(logprobs[: len(taken)]), self._job.choice, self.finish is not None)
 
     def end(self, reason: FinishReason.ValueType) -> Chunk:
         """Ends the generation at a worker's word, and returns the text still held back."""
-        return Chunk(len(self.token_ids), (), self._end(reason))
+        return Chunk(len(self.token_ids), (), self._end(reason), choice=self._job.choice, ends=True)
 
     def _append(self, token_id: int) -> str:
         self.token_ids.append(token_id)

@@ -78,6 +78,12 @@ class SlabPools:
         """Generation of a slab that is held."""
         return self._pools[kind].generation(slab)
 
+    def share(self, slabs: Slabs, other: Slabs) -> None:
+        """Adds all that a sequence holds to what another one holds, which goes on from the same tokens."""
+        for kind, pool in self._pools.items():
+            pool.share(slabs.of(kind))
+            other.of(kind).extend(slabs.of(kind))
+
     def give_back(self, slabs: Slabs) -> None:
         """Frees slabs that are held, and forgets them in `slabs`, so that nothing is freed twice."""
         for kind, pool in self._pools.items():

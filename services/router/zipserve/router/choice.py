@@ -1,0 +1,58 @@
+"""One of the answers to a prompt: what is to be generated, what has been, and what that took."""
+
+from dataclasses import dataclass, field, replace
+
+from zipserve.common.rpc.duration import to_seconds
+from zipserve.router.job import Job
+from zipserve.router.transcript import Transcript
+from zipserve.v1.decode_service_pb2 import Computed, Pulled
+from zipserve.v1.prefill_service_pb2 import PrefillResponse
+
+
+@dataclass
+class Report:
+    """What a choice took, over all attempts; what choices share counts for each. Times in seconds."""
+
+    replays: int = 0
+    queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_s: float = 0.0
+    first_token_at_s: float | None = None
+    last_token_at_s: float | None = None
+    kv_bytes: int = 0
+    kv_blocks: int = 0
+    kv_tokens: int = 0
+    prefill_worker: str = ""
+    decode_worker: str = ""
+
+    def count_prefill(self, answer: PrefillResponse) -> None:
+        """Adds what a prefill took."""
+        self.queue_s += to_seconds(answer.queue_time)
+        self.prefill_s += to_seconds(answer.compute_time)
+
+    def count_computed(self, computed: Computed) -> None:
+        """Adds what computing the prompt on a decode worker took."""
+        self.queue_s += to_seconds(computed.queue_time)
+        self.prefill_s += to_seconds(computed.compute_time)
+
+    def count_pull(self, pulled: Pulled, tokens: int) -> None:
+        """Adds what moved to a decode worker."""
+        self.transfer_s += to_seconds(pulled.transfer_time) + to_seconds(pulled.verify_time)
+        self.kv_bytes += pulled.bytes
+        self.kv_blocks += pulled.blocks
+        self.kv_tokens += tokens
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer."""
+
+    job: Job
+    """Of its own index and seed."""
+    transcript: Transcript
+    report: Report = field(default_factory=Report)
+
+
+def job_of(job: Job, choice: int) -> Job:
+    """The job of the choice of an index, from that of the first."""
+    return replace(job, choice=choice, sampling=job.sampling.of_choice(choice))
