@@ -261,6 +261,28 @@ def test_every_flag_of_sampling_reaches_the_server(fake: FakeInference, address:
     )
 
 
+def test_several_answers(fake: FakeInference, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    fake.answer([
+        STARTED,
+        GenerateResponse(delta=Delta(index=0, token_ids=[9], text="x", choice=1)),
+        GenerateResponse(delta=Delta(index=0, token_ids=[8, 7], text="y\n")),
+        GenerateResponse(finished=Finished(choice=1)),
+        GenerateResponse(delta=Delta(index=2, token_ids=[6], text="z")),
+        GenerateResponse(finished=Finished(choice=0)),
+    ])  # fmt: skip
+    assert main(["generate", "x", "--address", address, "--n", "2"]) == 0
+    assert capsys.readouterr().out == "[0] y\nz\n[1] x\n"
+    assert fake.requests[0].n == 2
+    assert main(["generate", "x", "--address", address, "--n", "2", "--json"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(answer["choice"], answer["token_ids"]) for answer in answers] == [(0, [8, 7, 6]), (1, [9])]
+
+
+def test_a_choice_that_was_not_asked_for_is_refused() -> None:
+    with pytest.raises(InternalError, match="choice 1, which has finished or was not asked for"):
+        list(_events(STARTED, GenerateResponse(delta=Delta(choice=1)), FINISHED))
+
+
 def test_log_probabilities_as_json(fake: FakeInference, address: str, capsys: pytest.CaptureFixture[str]) -> None:
     of_token = TokenLogprobs(logprob=-0.5, top_token_ids=[7, 9], top_logprobs=[-0.25, -0.5])
     fake.answer([

@@ -15,6 +15,8 @@ class Answer:
     """Gathers the events of one answer. All times are of one clock, in seconds."""
 
     asked_at_s: float
+    choice: int = 0
+    """Which of several answers to the prompt."""
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -29,7 +31,9 @@ class Answer:
     """When the newest token came."""
 
     def add(self, event: Event, now_s: float) -> str:
-        """Takes in an event; returns its text."""
+        """Takes in an event, if it is of this answer's choice; returns its text."""
+        if isinstance(event, Delta | Finished) and event.choice != self.choice:
+            return ""
         match event:
             case Started():
                 self.started = event
@@ -91,6 +95,7 @@ class Answer:
         return {
             "request_id": self.started.request_id,
             "model": self.started.model,
+            "choice": self.choice,
             "seed": self.started.seed,
             "text": self.text,
             "token_ids": self.token_ids,

@@ -61,7 +61,7 @@ class Chat:
         answer = Answer(time.monotonic())
         try:
             with ask(self._client, [*self.history, question], self._options) as stream:
-                receive(stream, answer, write)
+                receive(stream, [answer], write)
         except KeyboardInterrupt:
             write(" …")
         except ZipserveError as error:

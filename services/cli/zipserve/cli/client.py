@@ -25,8 +25,8 @@ from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions
 
 Event = Started | PromptLogprobs | Delta | Finished
-"""One event of an answer: started once, then the prompt's log-probabilities if they were asked for, then deltas, then
-finished once."""
+"""One event of an answer: started once, then the prompt's log-probabilities if they were asked for, then deltas and
+finished of each choice."""
 
 _LOCAL_HOSTS = ("127.", "localhost:", "[::1]:")
 
@@ -62,6 +62,7 @@ class Client:
         prompt: str | Sequence[Message],
         *,
         model: str = "",
+        n: int = 1,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_k: int | None = None,
@@ -85,12 +86,14 @@ class Client:
         Args:
             prompt: plain text, sent as it is; or a conversation, rendered with the model's chat template.
             model: id; empty for the only one served.
+            n: choices to generate.
             logit_bias: added to the logits of these tokens.
             logprobs: tell log-probabilities of the generated tokens, and of so many of the most likely ones.
             timeout_s: longest time for the whole answer. None: no limit.
         """
         request = GenerateRequest(
             model=model,
+            n=n,
             sampling=SamplingParams(
                 temperature=temperature,
                 top_k=top_k,
@@ -117,7 +120,7 @@ class Client:
         else:
             messages = [ChatMessage(role=message.role, content=message.content) for message in prompt]
             request.chat.CopyFrom(ChatPrompt(messages=messages))
-        return Stream(self._stub.Generate(request, timeout=timeout_s))
+        return Stream(self._stub.Generate(request, timeout=timeout_s), n)
 
     def models(self, timeout_s: float | None = 10.0) -> list[Model]:
         """The models served.
@@ -152,16 +155,16 @@ class _Call(Protocol):
 
 
 class Stream(Iterator[Event]):
-    """The events of one answer, as they come; checked, so that no token is lost or repeated unnoticed.
+    """The events of the answer to one request, as they come; checked, so that no token is lost or repeated unnoticed.
 
     Iterating raises a ZipserveError when the call failed. Leaving the context cancels what is still running.
     """
 
-    def __init__(self, call: _Call) -> None:
+    def __init__(self, call: _Call, n: int = 1) -> None:
         self._call = call
-        self._tokens = 0
+        self._tokens = dict.fromkeys(range(n), 0)
+        """Of each choice that has not finished."""
         self._started = False
-        self._finished = False
 
     def __next__(self) -> Event:
         while (event := self._check(self._next_response())) is None:
@@ -172,7 +175,7 @@ class Stream(Iterator[Event]):
         try:
             return next(self._call)
         except StopIteration:
-            if not self._finished:
+            if self._tokens:
                 raise InternalError("the answer ended without its last event") from None
             raise
         except grpc.RpcError as error:
@@ -182,14 +185,15 @@ class Stream(Iterator[Event]):
         kind = response.WhichOneof("event")
         if kind is None:
             return None  # of a kind that a later version knows
-        if self._finished or self._started == (kind == "started"):
+        if not self._tokens or self._started == (kind == "started"):
             raise InternalError(f"the answer has the event {kind!r} out of order")
         match kind:
             case "started":
                 self._started = True
                 return response.started
             case "finished":
-                self._finished = True
+                self._running(response.finished.choice)
+                del self._tokens[response.finished.choice]
                 return response.finished
             case "prompt_logprobs":
                 return response.prompt_logprobs
@@ -197,10 +201,17 @@ class Stream(Iterator[Event]):
                 return self._check_delta(response.delta)
 
     def _check_delta(self, delta: Delta) -> Delta:
-        if delta.index != self._tokens:
-            raise InternalError(f"the answer has token {delta.index} where token {self._tokens} was due")
-        self._tokens += len(delta.token_ids)
+        due = self._running(delta.choice)
+        if delta.index != due:
+            raise InternalError(f"the answer has token {delta.index} where token {due} was due")
+        self._tokens[delta.choice] += len(delta.token_ids)
         return delta
+
+    def _running(self, choice: int) -> int:
+        """Tokens of a choice so far."""
+        if choice not in self._tokens:
+            raise InternalError(f"the answer goes on with choice {choice}, which has finished or was not asked for")
+        return self._tokens[choice]
 
     def cancel(self) -> None:
         """Ends the answer; the server frees everything at once. May be called from any thread."""

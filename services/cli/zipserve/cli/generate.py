@@ -18,23 +18,33 @@ def run(options: argparse.Namespace) -> int:
         return 2
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     prompt = text if options.raw else conversation(options.system, text)
-    answer = Answer(time.monotonic())
+    answers = [Answer(time.monotonic(), choice) for choice in range(options.n)]
+    live = options.n == 1 and not options.json
     with Client(options.address) as client:
         try:
             with ask(client, prompt, options) as stream:
-                receive(stream, answer, _ignore if options.json else write)
+                receive(stream, answers, write if live else _ignore)
         except ZipserveError as error:
-            if answer.text and not options.json:
+            if live and answers[0].text:
                 write("\n")
             sys.stderr.write(explain(error) + "\n")
             return 1
+    for answer in answers:
+        _tell(answer, options, shown=live)
+    return 0
+
+
+def _tell(answer: Answer, options: argparse.Namespace, *, shown: bool) -> None:
+    """Prints a whole answer, but for text that was shown as it came."""
     if options.json:
         print(json.dumps(answer.as_json()))
-    elif not answer.text.endswith("\n"):
-        write("\n")
+    else:
+        if not shown:
+            write(f"[{answer.choice}] {answer.text}")
+        if not answer.text.endswith("\n"):
+            write("\n")
     if options.stats:
         sys.stderr.write("\n".join(answer.statistics()) + "\n")
-    return 0
 
 
 def conversation(system: str | None, text: str) -> list[Message]:
@@ -47,6 +57,7 @@ def ask(client: Client, prompt: str | Sequence[Message], options: argparse.Names
     return client.generate(
         prompt,
         model=options.model,
+        n=options.n,
         max_tokens=options.max_tokens,
         temperature=options.temperature,
         top_k=options.top_k,
@@ -67,16 +78,17 @@ def ask(client: Client, prompt: str | Sequence[Message], options: argparse.Names
     )
 
 
-def receive(stream: Stream, answer: Answer, show: Callable[[str], None]) -> None:
-    """Takes in a whole answer and shows its text as it comes.
+def receive(stream: Stream, answers: Sequence[Answer], show: Callable[[str], None]) -> None:
+    """Takes in the answers of all choices, and shows text as it comes.
 
     Raises:
-        ZipserveError: the call failed; `answer` has what came before.
+        ZipserveError: the call failed; `answers` have what came before.
     """
     for event in stream:
-        text = answer.add(event, time.monotonic())
-        if text:
-            show(text)
+        now_s = time.monotonic()
+        for answer in answers:
+            if text := answer.add(event, now_s):
+                show(text)
 
 
 def write(text: str) -> None:

@@ -170,7 +170,7 @@ class Lifecycle:
                 temperature=0.0,
                 timeout_s=_ONCE_TIMEOUT_S,
             )
-            receiving = asyncio.create_task(asyncio.to_thread(generate.receive, stream, answer, generate.write))
+            receiving = asyncio.create_task(asyncio.to_thread(generate.receive, stream, [answer], generate.write))
             try:
                 await asyncio.shield(receiving)
             finally:

@@ -18,13 +18,14 @@ def build() -> argparse.ArgumentParser:
     generate.add_argument("prompt", metavar="PROMPT", help="what to ask; - reads stdin")
     generate.add_argument("--raw", action="store_true", help="send plain text, without the model's chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object at the end instead of text")
+    generate.add_argument("--n", type=_count, default=1, metavar="N", help="answers to generate (default: 1)")
     generate.add_argument(
         "--logprobs", type=_tops, metavar="K", help="tell log-probabilities, and those of the K likeliest, with --json"
     )
     generate.add_argument("--prompt-logprobs", type=_tops, metavar="K", help="the same for the prompt's tokens")
     _add_generation(generate)
     chat = commands.add_parser("chat", help="talk with the model")
-    chat.set_defaults(logprobs=None, prompt_logprobs=None)
+    chat.set_defaults(n=1, logprobs=None, prompt_logprobs=None)
     _add_generation(chat)
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME", help="which one")
