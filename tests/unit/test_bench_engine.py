@@ -67,6 +67,10 @@ def test_limits_are_plausible(monkeypatch: pytest.MonkeyPatch) -> None:
     assert limits.measure(1).flops_s > 1e8, "without a compiler torch alone is asked"
 
 
+def test_the_higher_limit_counts() -> None:
+    assert Limits(5.0, 1.0).best(Limits(3.0, 2.0)) == Limits(5.0, 2.0)
+
+
 class Paced:
     """A contestant whose times are known."""
 

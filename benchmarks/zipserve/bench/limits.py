@@ -27,6 +27,10 @@ class Limits:
     flops_s: float
     """float32 operations per second; a multiply-add counts as two."""
 
+    def best(self, other: "Limits") -> "Limits":
+        """The higher one of each, of two measurements."""
+        return Limits(max(self.read_bytes_s, other.read_bytes_s), max(self.flops_s, other.flops_s))
+
     @property
     def text(self) -> str:
         """For a person."""

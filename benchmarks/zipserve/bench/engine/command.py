@@ -20,7 +20,6 @@ from zipserve.bench.engine.field import RIVALS, Field
 from zipserve.bench.engine.work import STORAGES, Work, kv_bytes
 from zipserve.bench.kernels.cases import attention_case
 from zipserve.bench.kernels.data import Heads
-from zipserve.bench.limits import Limits
 from zipserve.bench.report import Check
 from zipserve.bench.timing import interleaved
 from zipserve.common import log, models
@@ -76,19 +75,17 @@ def run(options: argparse.Namespace) -> int:
     log.configure(level="error", style="console")
     disable_progress_bar()  # type: ignore[no-untyped-call]
     files = models.resolve(options.model)
-    machine = limits.measure(10 if not options.quick else 1)
-    report.progress(machine.text)
-    found = _compete(options, files, machine)
+    found = _compete(options, files)
     checks, stacks = _serve(options, found.work)
     print(table.timings(found), end="\n\n")
-    print(machine.text, end="\n\n")
+    print(found.limits.text, end="\n\n")
     return report.finish(
         "engine",
         [*bars.checks(found, decides=not options.quick), *checks],
         device=report.cpu(options.threads),
         as_json=options.json,
         model=files.name,
-        limits=asdict(machine),
+        limits=asdict(found.limits),
         logits_differences=found.logits_differences,
         kv_bytes={
             codec: {str(tokens): kv_bytes(layout, tokens) for tokens in options.contexts}
@@ -120,14 +117,18 @@ def _complete(options: argparse.Namespace) -> None:
         raise InvalidRequestError("rival vllm needs --rival-python", field="rival-python")
 
 
-def _compete(options: argparse.Namespace, files: ModelFiles, machine: Limits) -> Found:
+def _compete(options: argparse.Namespace, files: ModelFiles) -> Found:
     """Everything that is timed in this process and in a rival's; the models are freed at its end."""
-    work = Work.of(files)
+    work, rounds = Work.of(files), 1 if options.quick else 10
+    before = limits.measure(rounds)
+    report.progress(before.text)
     with ExitStack() as stack:
         field = Field(options, files, stack)
+        results = field.compete()
         return Found(
-            field.compete(),
-            machine,
+            results,
+            # Twice, as a limit that was measured beside other load would flatter.
+            before.best(limits.measure(rounds)),
             work,
             field.layouts,
             options.rival_contexts[0],
