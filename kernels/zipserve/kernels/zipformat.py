@@ -21,7 +21,7 @@ No torch here: the wire and the stores derive sizes from this too.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 FORMAT_VERSION = 1
 """Part of every zip layout's fingerprint: it changes with anything here, the rotation or the probe rows."""
@@ -194,10 +194,11 @@ def probe_offsets(block_tokens: int) -> list[int]:
     return [*(step // 6 + 1 + step * i for i in range(count)), *range(block_tokens - count, block_tokens)]
 
 
-def probe_counts(block_tokens: int) -> list[int]:
+@cache
+def probe_counts(block_tokens: int) -> tuple[int, ...]:
     """For each position of a block how many probe rows can see it: the divisor that normalizes its score."""
     probes = probe_offsets(block_tokens)
-    return [sum(probe >= position for probe in probes) for position in range(block_tokens)]
+    return tuple(sum(probe >= position for probe in probes) for position in range(block_tokens))
 
 
 def _words(elements: int, bits: int) -> int:

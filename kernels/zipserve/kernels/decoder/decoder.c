@@ -42,17 +42,8 @@ typedef struct {
 
 // ---- rows
 
-static float inverse_rms(const float *x, int64_t n, float eps) {
-    f32x16 squares = {0};
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) squares += load16(x + i) * load16(x + i);
-    float sum = sum_lanes(squares);
-    for (; i < n; i++) sum += x[i] * x[i];
-    return 1.0f / sqrtf(sum / n + eps);
-}
-
 static void normalize(const float *x, const float *weight, int64_t n, float eps, float *out) {
-    const float scale = inverse_rms(x, n, eps);
+    const float scale = zs_inverse_rms(x, n, eps);
     for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
@@ -87,17 +78,6 @@ static void norm_add(const Program *p, const Op *op, int row, float *normal) {
 
 // ---- products
 
-static void gather(const Program *p, const Op *op, const Strips *strips, int row, float *normal) {
-    const Buffer *source = p->buffers + op->source;
-    const int64_t inputs = op->matrix->inputs;
-    const float *x = source->data + row * source->stride;
-    if (op->norm) {
-        normalize(x, op->norm, inputs, op->eps, normal);
-        x = normal;
-    }
-    zs_pack_row(strips, x, row, inputs, p->packed);
-}
-
 typedef struct {
     Buffer target;
     Epilogue epilogue;
@@ -116,6 +96,8 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
         float *out = output->target.data + (begin + r) * output->target.stride;
         if (output->epilogue == STORE) {
             memcpy(out + column, sums, count * sizeof *out);
+        } else if (output->epilogue == ADD && count == PAIR) {
+            for (int c = 0; c < PAIR; c += LANES) store16(out + column + c, load16(out + column + c) + load16(sums + c));
         } else if (output->epilogue == ADD) {
             for (int c = 0; c < count; c++) out[column + c] += sums[c];
         } else {  // a pair holds the gates and the factors of the same columns
@@ -127,19 +109,23 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
 
 // ---- the program
 
+static void multiply(const Program *p, const Op *op, const Strips *strips, int *next) {
+    const Buffer *source = p->buffers + op->source;
+    const Rows rows = {source->data, source->stride, op->matrix->inputs, op->norm, op->eps};
+    zs_pack(&rows, strips, omp_get_thread_num(), omp_get_num_threads(), p->packed);
+#pragma omp barrier
+    Output output = {p->buffers[op->target], op->epilogue};
+    zs_gemm(op->matrix, strips, p->packed, next, p->scratch + omp_get_thread_num() * p->scratch_stride, put, &output);
+}
+
 static void run(const Program *p, const Op *op, const Strips *strips, int *next) {
-    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-    const int begin = p->rows * thread / threads, end = p->rows * (thread + 1) / threads;
-    float *scratch = p->scratch + thread * p->scratch_stride;
-    for (int row = begin; row < end; row++) {
-        if (op->kind == OP_LINEAR) gather(p, op, strips, row, scratch);
+    if (op->kind == OP_LINEAR) return multiply(p, op, strips, next);
+    float *scratch = p->scratch + omp_get_thread_num() * p->scratch_stride;
+#pragma omp for nowait
+    for (int row = 0; row < p->rows; row++) {
         if (op->kind == OP_HEADS) prepare_heads(p, op, row);
         if (op->kind == OP_NORM_ADD) norm_add(p, op, row, scratch);
     }
-    if (op->kind != OP_LINEAR) return;
-#pragma omp barrier
-    Output output = {p->buffers[op->target], op->epilogue};
-    zs_gemm(op->matrix, strips, p->packed, next, scratch, put, &output);
 }
 
 void zs_decoder(const Program *p) {

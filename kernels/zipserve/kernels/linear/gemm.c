@@ -16,6 +16,7 @@
 #endif
 #define VECTORS (PANEL / NATIVE_LANES)  // of a panel
 #define DEPTH 1024                      // inputs of a pair that stay in the second-level cache
+#define PACK_INPUTS 64                  // of a strip that are packed together: they stay in the first-level cache
 #define AHEAD 2048                      // bytes that are prefetched of the stream of weights
 #define UNROLL24 _Pragma("GCC unroll 24")
 
@@ -141,7 +142,7 @@ static void multiply_pair(const Tile *t, WeightType type, int rows) {
 }
 
 Strips zs_strips(int rows) {
-    const int is_single = rows > PAIR_ROWS && (PAIR_ROWS < 12 || rows <= SINGLE_ROWS);
+    const int is_single = rows > PAIR_ROWS;
     const int most = is_single ? SINGLE_ROWS : PAIR_ROWS, strips = (rows + most - 1) / most;
     return (Strips){rows, strips, (rows + strips - 1) / strips, !is_single};
 }
@@ -220,10 +221,63 @@ void zs_gemm(const Matrix *m, const Strips *s, const float *packed, int *next, f
     }
 }
 
-void zs_pack_row(const Strips *s, const float *row, int index, int64_t inputs, float *packed) {
-    int strip = index / s->strip_rows;
-    while (strip_begin(s, strip + 1) <= index) strip++;
-    const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
-    float *at = packed + begin * inputs + (index - begin);
-    for (int64_t i = 0; i < inputs; i++) at[i * rows] = row[i];
+float zs_inverse_rms(const float *x, int64_t n, float eps) {
+    f32x16 squares = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) squares += load16(x + i) * load16(x + i);
+    float sum = sum_lanes(squares);
+    for (; i < n; i++) sum += x[i] * x[i];
+    return 1.0f / sqrtf(sum / n + eps);
+}
+
+static float packed_value(const Rows *rows, const float *x, int r, int64_t i, float scale) {
+    const float value = x[r * rows->stride + i];
+    return rows->norm ? value * scale * rows->norm[i] : value;
+}
+
+// Four inputs of four rows, turned over: scattered stores of single floats would take several times as long.
+ALWAYS_INLINE void pack_square(const Rows *rows, const float *x, int count, int64_t i, const float *scales, float *at) {
+    f32x4 of[4];
+    UNROLL for (int r = 0; r < 4; r++) {
+        of[r] = *(const f32x4 *)(x + r * rows->stride + i);
+        if (rows->norm) of[r] = of[r] * scales[r] * *(const f32x4 *)(rows->norm + i);
+    }
+    const f32x4 ab_low = SHUFFLE4(of[0], of[1], 0, 4, 1, 5), ab_high = SHUFFLE4(of[0], of[1], 2, 6, 3, 7);
+    const f32x4 cd_low = SHUFFLE4(of[2], of[3], 0, 4, 1, 5), cd_high = SHUFFLE4(of[2], of[3], 2, 6, 3, 7);
+    *(f32x4 *)(at + i * count) = SHUFFLE4(ab_low, cd_low, 0, 1, 4, 5);
+    *(f32x4 *)(at + (i + 1) * count) = SHUFFLE4(ab_low, cd_low, 2, 3, 6, 7);
+    *(f32x4 *)(at + (i + 2) * count) = SHUFFLE4(ab_high, cd_high, 0, 1, 4, 5);
+    *(f32x4 *)(at + (i + 3) * count) = SHUFFLE4(ab_high, cd_high, 2, 3, 6, 7);
+}
+
+// Inputs [from, to) of a strip's rows.
+static void pack_strip(const Rows *rows, const float *x, int count, int64_t from, int64_t to, float *packed) {
+    float scales[SINGLE_ROWS];
+    for (int r = 0; r < count; r++)
+        scales[r] = rows->norm ? zs_inverse_rms(x + r * rows->stride, rows->inputs, rows->eps) : 1;
+    for (int64_t block = from; block < to; block += PACK_INPUTS) {
+        const int64_t end = block + PACK_INPUTS < to ? block + PACK_INPUTS : to;
+        for (int r = 0; r < count; r += 4) {
+            int64_t i = block;
+            if (r + 4 <= count)
+                for (; i + 4 <= end; i += 4) pack_square(rows, x + r * rows->stride, count, i, scales + r, packed + r);
+            for (; i < end; i++)
+                for (int k = r; k < r + 4 && k < count; k++)
+                    packed[i * count + k] = packed_value(rows, x, k, i, scales[k]);
+        }
+    }
+}
+
+// Few strips are shared by their inputs and many as a whole: two threads that wrote rows of the same strip would write
+// the same cache lines.
+void zs_pack(const Rows *rows, const Strips *s, int thread, int threads, float *packed) {
+    const int is_shared = s->strips < threads;
+    const int begin = is_shared ? 0 : s->strips * thread / threads;
+    const int end = is_shared ? s->strips : s->strips * (thread + 1) / threads;
+    const int64_t from = is_shared ? rows->inputs * thread / threads : 0;
+    const int64_t to = is_shared ? rows->inputs * (thread + 1) / threads : rows->inputs;
+    for (int strip = begin; strip < end; strip++) {
+        const int first = strip_begin(s, strip), count = strip_begin(s, strip + 1) - first;
+        pack_strip(rows, rows->x + first * rows->stride, count, from, to, packed + first * rows->inputs);
+    }
 }

@@ -44,5 +44,15 @@ void zs_gemm(const Matrix *m, const Strips *s, const float *packed, int *next, f
              void *context);
 int64_t zs_gemm_scratch(int64_t inputs, int rows);
 
-// Puts one row among the strips.
-void zs_pack_row(const Strips *s, const float *row, int index, int64_t inputs, float *packed);
+// What becomes a packed buffer: rows of `inputs` floats, `stride` apart, as they are or by an RMS norm with these weights.
+typedef struct {
+    const float *x;
+    int64_t stride, inputs;
+    const float *norm;  // [inputs] or NULL
+    float eps;
+} Rows;
+
+// Packs this thread's part of the rows; all threads call it, and need a barrier behind it.
+void zs_pack(const Rows *rows, const Strips *s, int thread, int threads, float *packed);
+
+float zs_inverse_rms(const float *x, int64_t n, float eps);

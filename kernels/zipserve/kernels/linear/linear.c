@@ -22,11 +22,12 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
 void zs_linear(const Linear *l) {
     const Strips strips = zs_strips(l->rows);
     const int64_t inputs = l->matrix->inputs, scratch = zs_gemm_scratch(inputs, l->rows);
+    const Rows rows = {.x = l->x, .stride = inputs, .inputs = inputs};
     int next = 0;
 #pragma omp parallel num_threads(l->threads) if (inputs * l->matrix->outputs * l->rows > WAKING_PRODUCTS)
     {
-#pragma omp for
-        for (int64_t row = 0; row < l->rows; row++) zs_pack_row(&strips, l->x + row * inputs, row, inputs, l->packed);
+        zs_pack(&rows, &strips, omp_get_thread_num(), omp_get_num_threads(), l->packed);
+#pragma omp barrier
         zs_gemm(l->matrix, &strips, l->packed, &next, l->scratch + omp_get_thread_num() * scratch, put, (void *)l);
     }
 }
