@@ -1,6 +1,6 @@
 """Products with packed matrices: the kernel against the reference, for every storage and number of rows."""
 
-import itertools
+import mmap
 
 import pytest
 import torch
@@ -120,11 +120,15 @@ def test_refuses_rows_of_another_width() -> None:
         linear(torch.zeros(1, 9), pack(numbers(9, 8), torch.float32))
 
 
-def test_memory_is_zeroed_aligned_and_given_back() -> None:
-    for size_bytes in (1, 1 << 12, (1 << 21) + 3):
+def test_memory_is_zeroed_and_begins_at_a_page() -> None:
+    for size_bytes in (1, 1 << 12, (1 << 21) + 3, (1 << 23) + 1, 1 << 26):
         octets = memory.allocate(size_bytes)
         assert octets.numel() == size_bytes
-        assert octets.data_ptr() % (1 << 21) == 0
+        assert octets.data_ptr() % mmap.PAGESIZE == 0
         assert not octets.any()
-    blocks = [memory.allocate(1 << 20).fill_(number) for number in range(4)]
-    assert all(not (a == b).any() for a, b in itertools.combinations(blocks, 2))
+
+
+def test_pieces_of_memory_do_not_overlap() -> None:
+    """More than one chunk of them, each written as a whole."""
+    pieces = [memory.allocate(3_000_001).fill_(number) for number in range(30)]
+    assert all(bool((piece == number).all()) for number, piece in enumerate(pieces))
