@@ -5,6 +5,8 @@ whichever is the first to give the logits of plain transformers. One that fails 
 loaded again.
 """
 
+import ctypes
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
@@ -71,6 +73,7 @@ def load_ready(
             _log.warning("model.path_refused", model=files.name, path=path, why=error.message)
             model = load()
         else:
+            _let_go(ready.module)
             _log.info("model.packed", model=files.name, path=path, weights=str(storage).removeprefix("torch."))
             return ready
     probe(model, references)
@@ -109,6 +112,17 @@ def _storage(files: ModelFiles, dtype: str, weights: Weights) -> torch.dtype:
                 if len(part.get_shape()) == 2:
                     return _STORAGES.get(part.get_dtype(), torch.float32)
     return torch.float32
+
+
+def _let_go(module: Any) -> None:
+    """Gives back what loading took: the checkpoint's mapping, which the few weights left keep alive, and free memory
+    that the C library holds."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):  # glibc has it
+        libc.malloc_trim(ctypes.c_size_t(0))
 
 
 @torch.no_grad()

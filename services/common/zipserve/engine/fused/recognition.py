@@ -167,7 +167,7 @@ def _norm(part: Any) -> Norm:
     normal = x.float() * (x.float().square().mean(-1, keepdim=True) + eps).rsqrt()
     for factors in (weight.detach().float(), weight.detach().float() + 1):
         if torch.allclose(normal * factors, wanted, rtol=2e-2 if weight.itemsize < 4 else 1e-4, atol=1e-5):
-            return Norm(factors.contiguous(), eps)
+            return Norm(factors.clone(), eps)
     raise NotRecognizedError(f"a norm by {type(part).__name__} that is no RMS norm")
 
 
