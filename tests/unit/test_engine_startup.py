@@ -54,6 +54,15 @@ def test_stores_weights_as_the_checkpoint(dtype: torch.dtype, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("path", ["fused", "packed"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_serves_in_half_precision(files: ModelFiles, path: startup.Path, dtype: str) -> None:
+    """Whatever the plan computes in, blocks hold the model's dtype."""
+    model = load_ready(files, dtype, "cpu", paths=(path,))
+    assert model.dtype == dtype
+    assert isinstance(model.forward, FusedModel) == (path == "fused")
+
+
+@pytest.mark.parametrize("path", ["fused", "packed"])
 def test_stores_weights_as_it_is_told(files: ModelFiles, path: startup.Path) -> None:
     """The probe compares with weights rounded alike, so even int8 must agree to the last digits."""
     for weights in ("int8", "bfloat16"):

@@ -30,7 +30,7 @@ class RawCodec:
         values: torch.Tensor,
         scores: torch.Tensor | None,
     ) -> torch.Tensor | None:
-        self._heads[slabs, layer] = torch.cat((keys.flatten(2), values.flatten(2)), dim=2)
+        self._heads[slabs, layer] = torch.cat((keys.flatten(2), values.flatten(2)), dim=2).to(self._heads.dtype)
         return status_of(keys, values)
 
     def read_blocks(
