@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_attention.py", "test_prefill_attention.py", "test_saliency.py", "test_quantize.py", "test_dequantize.py")
+KERNELS = ("attention", "decoder", "dequantize", "linear", "prefill_attention", "quantize", "saliency")
 PROGRAM = """
 import sys
 
@@ -26,7 +26,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-m", "not slow", *sys.arg
 @pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3"])
 def test_narrower_vectors(architecture: str) -> None:
     """128 bits without fused products, and 256 bits with them."""
-    files = [str(Path(__file__).parent / name) for name in FILES]
+    files = [str(Path(__file__).parent / f"test_{name}.py") for name in KERNELS]
     command = [sys.executable, "-c", PROGRAM, f"-march={architecture}", *files]
     tests = subprocess.run(command, capture_output=True, text=True, check=False)
     assert tests.returncode == 0, tests.stdout + tests.stderr

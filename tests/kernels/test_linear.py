@@ -1,5 +1,6 @@
 """Products with packed matrices: the kernel against the reference, for every storage and number of rows."""
 
+import errno
 import mmap
 
 import pytest
@@ -132,3 +133,21 @@ def test_pieces_of_memory_do_not_overlap() -> None:
     """More than one chunk of them, each written as a whole."""
     pieces = [memory.allocate(3_000_001).fill_(number) for number in range(30)]
     assert all(bool((piece == number).all()) for number, piece in enumerate(pieces))
+
+
+def test_memory_of_inference_mode_is_no_other_memory() -> None:
+    """Its pieces share a mapping with those that are written outside of it."""
+    with torch.inference_mode():
+        memory.allocate(1)
+        piece = memory.allocate(1 << 24)
+    piece.fill_(1)
+    memory.allocate(1).fill_(1)
+
+
+def test_memory_where_the_kernel_has_no_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Memory(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr("mmap.mmap", Memory)
+    assert not memory.allocate(1 << 24).any()

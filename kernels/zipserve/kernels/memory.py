@@ -4,6 +4,7 @@ A step of decode reads all weights and much of the KV cache once. With pages of 
 bounds that, most of all in virtual machines, where each miss walks two page tables.
 """
 
+import contextlib
 import mmap
 import threading
 
@@ -42,7 +43,9 @@ def allocate(size_bytes: int) -> torch.Tensor:
 def _map(size_bytes: int) -> torch.Tensor:
     memory = mmap.mmap(-1, size_bytes + _HUGE_PAGE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    octets = torch.frombuffer(memory, dtype=torch.uint8)
+        with contextlib.suppress(OSError):  # of a kernel that was built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    with torch.inference_mode(mode=False):  # tensors made in that mode cannot be written outside of it
+        octets = torch.frombuffer(memory, dtype=torch.uint8)
     start = -octets.data_ptr() % _HUGE_PAGE_BYTES
     return octets[start : start + size_bytes]
