@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from tiny_families import tiny
+from zipserve.common.errors import InvalidRequestError
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
 from zipserve.engine.fused import NotRecognizedError
 from zipserve.engine.loader import LoadedModel, wrap
+from zipserve.engine.probe import probe, take_references
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.engine.startup import PATHS, Path
 
@@ -129,6 +131,17 @@ def test_equals_generate(family: str, path: Path | Literal["module"]) -> None:
         assert family not in FUSED
     else:
         assert serve(model, prompts, block_tokens=8, chunks=[7, 1, 30, 8]) == expected
+
+
+def test_a_plan_that_is_wrong_at_late_positions_only_is_noticed() -> None:
+    """Ministral 3 scales its queries behind the context of its first training, which the fused plan does not know."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "llama_4_scaling_beta": 0.1}
+    settings = {"rope_parameters": rope | {"original_max_position_embeddings": 128}}
+    model = wrap(tiny("ministral3", **settings), "tiny", "0")
+    references = take_references(model)
+    with pytest.raises(InvalidRequestError, match=r"at token 2\d\d of sequence 0"):
+        probe(PATHS["fused"](model, torch.float32), references)
+    probe(PATHS["packed"](wrap(tiny("ministral3", **settings), "tiny", "0"), torch.float32), references)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, window"])

@@ -2,7 +2,8 @@
 
 A family that expresses something where we do not look (its own attention code, its mask, state besides KV) would serve
 wrong text without any error. So a model serves only after a few random sequences have given, in mixed steps of prompt
-chunks and decode rows over a small cache, the logits that the unhooked module gives for each of them alone.
+chunks and decode rows over a small cache, the logits that the unhooked module gives for each of them alone. One of them
+is also asked for at the end of the context, where some families scale what they do not scale at its begin.
 """
 
 import math
@@ -13,12 +14,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from zipserve.common.errors import InvalidRequestError
-from zipserve.engine.attention import IMPLEMENTATION, Scoring, Visibility
+from zipserve.engine.attention import IMPLEMENTATION, Scoring, Visibility, attending
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
 from zipserve.engine.fused import FusedModel
 from zipserve.engine.model import LoadedModel
 from zipserve.engine.sequence import Segment, Sequence
+from zipserve.kernels.prefill_attention import prefill_attention
 
 BLOCK_TOKENS = 16
 STEPS = ((21, 6, 0), (1, 28, 22), (1, 1, 1))
@@ -41,6 +43,8 @@ class References:
     ids: list[list[int]]
     logits: list[torch.Tensor]
     """Of each sequence, float32 [tokens, vocab]."""
+    late: torch.Tensor
+    """Of the first sequence at the last positions of the context, likewise."""
     noise: float
     """The greatest error between the two attentions that transformers has; 0 where the family has one only."""
 
@@ -58,8 +62,11 @@ def probe(model: LoadedModel, references: References | None = None) -> None:
         references = take_references(model)
     with _narrow_windows(model):
         found = _through_engine(model, references.ids)
-    errors = {at: _error(logits, references.logits[at[0]][at[1] - 1]) for at, logits in found.items()}
-    (sequence, end), error = max(errors.items(), key=lambda item: item[1])
+        late = _late(model, references.ids[0])
+    errors = [(_error(logits, references.logits[at[0]][at[1] - 1]), at) for at, logits in found.items()]
+    for position, got, wanted in zip(_late_positions(model, len(late)), late, references.late, strict=True):
+        errors.append((_error(got, wanted), (0, position + 1)))
+    error, (sequence, end) = max(errors)
     tolerance = TOLERANCE[model.dtype]
     if error > tolerance:
         tolerance = min(tolerance + 2 * references.noise, TOLERANCE_MAX)
@@ -87,7 +94,8 @@ def take_references(model: LoadedModel) -> References:
     ids = [torch.randint(model.vocab_tokens, (length,), generator=generator).tolist() for length in lengths]
     with _narrow_windows(model):
         wanted = _through_transformers(model, ids, "eager")  # every family has it
-        return References(ids, wanted, _noise(model, ids, wanted))
+        late = _through_transformers(model, ids[:1], "eager", _late_positions(model, lengths[0]))
+        return References(ids, wanted, late[0], _noise(model, ids, wanted))
 
 
 def _error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -127,13 +135,46 @@ def _through_engine(model: LoadedModel, ids: list[list[int]]) -> dict[tuple[int,
     return found
 
 
+class _Alone:
+    """Answers attention over a row that is one sequence, wherever its positions are."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        """See zipserve.engine.attention.Attender."""
+        first = torch.tensor([scoring.visibility.first(row) for row in range(query.shape[1])], device=query.device)
+        output, _ = prefill_attention(
+            query, key, value, 0, scale=scoring.scale, first=first, softcap=scoring.softcap, sink_logits=scoring.sinks
+        )
+        return output.to(query.dtype)
+
+
+def _late_positions(model: LoadedModel, tokens: int) -> range:
+    return range(model.context_tokens - tokens, model.context_tokens)
+
+
 @torch.inference_mode()
-def _through_transformers(model: LoadedModel, ids: list[list[int]], attention: str) -> list[torch.Tensor]:
-    """Logits [tokens, vocab] of each sequence by itself, with an attention of transformers over the same weights."""
+def _late(model: LoadedModel, ids: list[int]) -> torch.Tensor:
+    """Logits [tokens, vocab] of a sequence at the last positions of the context."""
+    positions = torch.tensor([_late_positions(model, len(ids))], device=model.device)
+    with attending(_Alone()):
+        return model.logits(torch.tensor([ids], device=model.device), positions, positions[0] - positions[0, 0])
+
+
+@torch.inference_mode()
+def _through_transformers(
+    model: LoadedModel, ids: list[list[int]], attention: str, positions: range | None = None
+) -> list[torch.Tensor]:
+    """Logits [tokens, vocab] of each sequence by itself, with an attention of transformers over the same weights.
+
+    Args:
+        positions: of the tokens of each; None: from 0 on.
+    """
     model.module.set_attn_implementation(attention)
+    at = {} if positions is None else {"position_ids": torch.tensor([positions], device=model.device)}
     try:
         rows = (torch.tensor([tokens], device=model.device) for tokens in ids)
-        return [model.module(input_ids=row, use_cache=False).logits[0].float() for row in rows]
+        return [model.module(input_ids=row, use_cache=False, **at).logits[0].float() for row in rows]
     finally:
         model.module.set_attn_implementation(IMPLEMENTATION)
 
