@@ -13,7 +13,7 @@ from tiny_families import tiny
 from zipserve.common.errors import InvalidRequestError
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
-from zipserve.engine.fused import NotRecognizedError
+from zipserve.engine.fused import NotRecognizedError, recognize
 from zipserve.engine.loader import LoadedModel, wrap
 from zipserve.engine.probe import probe, take_references
 from zipserve.engine.sequence import Segment, Sequence
@@ -142,6 +142,17 @@ def test_a_plan_that_is_wrong_at_late_positions_only_is_noticed() -> None:
     with pytest.raises(InvalidRequestError, match=r"at token 2\d\d of sequence 0"):
         probe(PATHS["fused"](model, torch.float32), references)
     probe(PATHS["packed"](wrap(tiny("ministral3", **settings), "tiny", "0"), torch.float32), references)
+
+
+def test_layers_of_other_widths_or_other_heads_have_no_plan() -> None:
+    """The plan's buffers are as wide as one layer's; a wider one would write beyond them."""
+    module = tiny("llama")
+    module.model.layers[1].mlp = tiny("llama", intermediate_size=128).model.layers[1].mlp
+    assert prepare(module, "fused") is None
+    module = tiny("llama")
+    module.output, module.lm_head = module.lm_head, None
+    with pytest.raises(NotRecognizedError, match="NoneType"):
+        recognize(module, (4, 2, 16, 16))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral, window"])

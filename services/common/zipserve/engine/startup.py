@@ -86,8 +86,8 @@ def fuse(model: LoadedModel, storage: torch.dtype) -> LoadedModel:
     Raises:
         NotRecognizedError: there is none, and the model is as it was.
     """
-    decoder = recognize(model.module, model.key_dim)
     heads = (model.heads, model.kv_heads, model.key_dim, model.value_dim)
+    decoder = recognize(model.module, heads)
     return replace(model, forward=FusedModel(decoder, heads, model.scorings, storage))
 
 

@@ -78,11 +78,11 @@ class Decoder:
     """Logits become softcap * tanh(logits / softcap)."""
 
 
-def recognize(module: Any, key_dim: int) -> Decoder:
+def recognize(module: Any, heads: tuple[int, int, int, int]) -> Decoder:
     """The parts of a causal language model.
 
     Args:
-        key_dim: of a query or key head.
+        heads: query heads, KV heads, key_dim and value_dim.
 
     Raises:
         NotRecognizedError: there is a part that the plan does not know.
@@ -97,12 +97,13 @@ def recognize(module: Any, key_dim: int) -> Decoder:
     layers = []
     for index, layer in enumerate(base.layers):
         kind = () if kinds == [()] else (config.layer_types[index],)
-        layers.append(_layer(layer, key_dim, kinds.index(kind)))
+        layers.append(_layer(layer, heads[2], kinds.index(kind)))
+    _check_widths(layers, heads)
     return Decoder(
         embedding=base.embed_tokens,
         layers=layers,
         norm=_norm(base.norm),
-        head=_linear(module.lm_head),
+        head=_linear(getattr(module, "lm_head", None)),
         rotary=base.rotary_emb,
         rope_kinds=kinds,
         softcap=getattr(config, "final_logit_softcapping", None),
@@ -135,6 +136,25 @@ def _layer(layer: Any, key_dim: int, rope: int) -> Layer:
         down=_linear(mlp.down_proj),
         down_norm=_norm(layer.post_feedforward_layernorm) if has_four else None,
     )
+
+
+def _check_widths(layers: list[Layer], heads: tuple[int, int, int, int]) -> None:
+    """All layers work on the same rows, whose widths the native code takes for granted."""
+    queries, kv_heads, key_dim, value_dim = heads
+    hidden, gated = layers[0].output.out_features, layers[0].down.in_features
+    projected = (queries + kv_heads) * key_dim + kv_heads * value_dim
+    for layer in layers:
+        for parts, inputs, outputs in (
+            (layer.projections, hidden, projected),
+            ([layer.output], queries * value_dim, hidden),
+            (layer.gates, hidden, 2 * gated),
+            ([layer.down], gated, hidden),
+        ):
+            if {part.in_features for part in parts} != {inputs} or sum(part.out_features for part in parts) != outputs:
+                raise NotRecognizedError(f"layers with other products than {outputs} of {inputs} numbers")
+        norms = (layer.input_norm, layer.attention_norm, layer.mlp_norm, layer.down_norm)
+        if any(norm is not None and norm.weight.numel() != hidden for norm in norms):
+            raise NotRecognizedError(f"norms of other rows than those of {hidden} numbers")
 
 
 def _expect(part: Any, *known: set[str]) -> set[str]:
