@@ -71,4 +71,7 @@ def embedding_over(matrix: PackedMatrix, embedding: nn.Embedding) -> PackedEmbed
     """What `embedding` does, over the packed head that it is tied to; it gives up its own weights."""
     dtype = embedding.weight.dtype
     embedding.weight = nn.Parameter(embedding.weight.new_empty(0), requires_grad=False)
-    return PackedEmbedding(matrix, float(getattr(embedding, "embed_scale", 1.0)), dtype)
+    scale: Any = getattr(embedding, "embed_scale", 1.0)
+    if isinstance(scale, torch.Tensor):  # transformers rounds it like the weights
+        scale = scale.to(dtype)
+    return PackedEmbedding(matrix, float(scale), dtype)

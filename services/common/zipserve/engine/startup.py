@@ -17,14 +17,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zipserve.common import log
-from zipserve.common.errors import InvalidRequestError
 from zipserve.common.models import ModelFiles
 from zipserve.engine import loader
 from zipserve.engine.codec import TORCH_DTYPES
 from zipserve.engine.fused import FusedModel, NotRecognizedError, recognize
 from zipserve.engine.model import LoadedModel
 from zipserve.engine.packing import pack_linears
-from zipserve.engine.probe import probe, take_references
+from zipserve.engine.probe import References, probe, take_references
 from zipserve.kernels.linear import pack, runs_on_cpu
 
 Weights: TypeAlias = Literal["checkpoint", "float32", "float16", "bfloat16", "int8"]
@@ -55,29 +54,40 @@ def load_ready(
         InvalidRequestError: it cannot be served; the message says why.
     """
     storage = _storage(files, dtype, weights)
+    if device != "cpu" or not runs_on_cpu():
+        paths = ()
 
     def load() -> LoadedModel:
         model = loader.load(files, dtype, device, context_tokens)
-        _round(model.module, storage)
+        if paths and weights != "checkpoint":
+            _round(model.module, storage)
         return model
 
     model = load()
     references = take_references(model)
-    for path in paths if device == "cpu" and runs_on_cpu() else ():
+    for path in paths:
         try:
-            ready = PATHS[path](model, storage)
-            probe(ready, references)
+            ready = _on_path(path, model, storage, references)
         except NotRecognizedError as unknown:
             _log.info("model.not_recognized", model=files.name, what=str(unknown))
-        except InvalidRequestError as error:
-            _log.warning("model.path_refused", model=files.name, path=path, why=error.message)
-            model = load()
+            continue
+        except Exception as error:  # noqa: BLE001  # whatever a path does to a module, another one may serve it
+            _log.warning("model.path_refused", model=files.name, path=path, why=repr(error))
         else:
             _let_go(ready.module)
             _log.info("model.packed", model=files.name, path=path, weights=str(storage).removeprefix("torch."))
             return ready
+        del model  # weights are not to exist twice
+        gc.collect()
+        model = load()
     probe(model, references)
     return model
+
+
+def _on_path(path: Path, model: LoadedModel, storage: torch.dtype, references: References) -> LoadedModel:
+    ready = PATHS[path](model, storage)
+    probe(ready, references)
+    return ready
 
 
 def fuse(model: LoadedModel, storage: torch.dtype) -> LoadedModel:
@@ -105,13 +115,12 @@ def _storage(files: ModelFiles, dtype: str, weights: Weights) -> torch.dtype:
         return _STORAGES[weights]
     if dtype != "float32":
         return _STORAGES[dtype]
-    for path in sorted(files.folder.glob("*.safetensors")):
+    found = set()
+    for path in files.folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  it is no dictionary
-                part = tensors.get_slice(name)
-                if len(part.get_shape()) == 2:
-                    return _STORAGES.get(part.get_dtype(), torch.float32)
-    return torch.float32
+            parts = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118  it is no dictionary
+            found |= {part.get_dtype() for part in parts if len(part.get_shape()) == 2}
+    return _STORAGES.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 def _let_go(module: Any) -> None:
