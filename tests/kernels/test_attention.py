@@ -16,7 +16,14 @@ from hypothesis import strategies as st
 from sealed_blocks import NAN_BYTE, blocks_of
 from tolerances import ATTENTION_CPU
 from zipserve.kernels import native, rotation
-from zipserve.kernels.attention import OpenBlocks, RawFormat, SealedBlocks, decode_attention, decode_attention_reference
+from zipserve.kernels.attention import (
+    DecodeStep,
+    OpenBlocks,
+    RawFormat,
+    SealedBlocks,
+    decode_attention,
+    decode_attention_reference,
+)
 from zipserve.kernels.attention.cpu import runs_on_cpu
 from zipserve.kernels.dequantize import dequantize_reference
 from zipserve.kernels.quantize import quantize_reference
@@ -284,6 +291,40 @@ def within(case: Case, part: str, **changes: Any) -> Case:
 def test_shapes_that_do_not_fit(change: Callable[[Case], Case]) -> None:
     with pytest.raises(ValueError, match=r"must be|does not fit"):
         change(case_of(ZipFormat(2, 32, 48, 64), 2)).run()
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"query": torch.zeros(6, 8, 32)}, "query"),
+        ({"query": torch.zeros(5, 4, 32)}, "query"),
+        ({"fresh": (torch.zeros(6, 2, 16), torch.zeros(6, 2, 48))}, "fresh keys and values"),
+        ({"fresh": (torch.zeros(6, 2, 32), torch.zeros(6, 1, 48))}, "fresh keys and values"),
+        ({"sink_logits": torch.zeros(1)}, "sink_logits"),
+        ({"weights": torch.zeros(6, 32)}, "weights"),
+    ],
+)
+def test_layers_of_a_step_that_do_not_fit(change: dict[str, Any], name: str) -> None:
+    """Not only in the first of them, whose call is kept for all."""
+    case = case_of(ZipFormat(2, 32, 48, 64), 2)
+    sealed, opened = case.sealed, case.open_blocks
+    rows, heads, _ = case.query.shape
+    step = DecodeStep(
+        replace(sealed, data=sealed.data[:, None], sinks=sealed.sinks[:, None]),
+        replace(opened, keys=opened.keys[None], values=opened.values[None]),
+        case.first,
+    )
+    layer: dict[str, Any] = {
+        "query": case.query,
+        "fresh": (torch.zeros(rows, 2, 32), torch.zeros(rows, 2, 48)),
+        "scale": 1.0,
+        "softcap": None,
+        "sink_logits": torch.zeros(heads),
+        "weights": torch.zeros(rows, 64),
+    }
+    step.attend(0, **layer)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        step.attend(0, **layer | change)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,6 @@ def decode_attention_cpu(
     fresh: tuple[torch.Tensor, torch.Tensor] | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See zipserve.kernels.attention.decode_attention; only where `runs_on_cpu`."""
-    if sink_logits is not None and sink_logits.shape != query.shape[1:2]:
-        raise ValueError(f"sink_logits must be [{query.shape[1]}], not {[*sink_logits.shape]}")
     weights = torch.empty(len(query), sealed.form.block_tokens) if with_weights else None
     call = Call(query, sealed, open_blocks, first)
     output = call.run(query, fresh, scale=scale, softcap=softcap, sink_logits=sink_logits, weights=weights)
@@ -77,6 +75,8 @@ class Call:
         _check(query, sealed, open_blocks, first)
         form, keys, values = sealed.form, open_blocks.keys, open_blocks.values
         self._form, self._rows, self._heads = form, *query.shape[:2]
+        self._query_shape = tuple(query.shape)
+        self._fresh_shapes = tuple((self._rows, form.kv_heads, dim) for dim in (form.key_dim, form.value_dim))
         of_rows = (sealed.table, sealed.counts, sealed.starts, sealed.sink_slabs, open_blocks.slots, open_blocks.counts)
         self._kept = [_int32(index) for index in (*of_rows, first)]  # alive as long as C may read them
         table, counts, starts, sink_slabs, slots, open_counts, first = self._kept
@@ -125,10 +125,15 @@ class Call:
         sink_logits: torch.Tensor | None,
         weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        """See zipserve.kernels.attention.DecodeStep.attend; the query's shape is that of the constructor's."""
+        """See zipserve.kernels.attention.DecodeStep.attend.
+
+        Raises:
+            ValueError: shapes that do not fit the constructor's query and blocks.
+        """
         library = native.load()
         assert library is not None
         arguments = self._arguments
+        self._check(query, fresh, sink_logits, weights)
         query = _rows(query)
         arguments.query, arguments.query_strides = query.data_ptr(), query.stride()[:2]
         if fresh is not None:
@@ -147,6 +152,22 @@ class Call:
         if wrong >= 0:
             raise IndexError(f"row {wrong} refers to a slab or slot that does not exist, or sees no key")
         return output
+
+    def _check(
+        self,
+        query: torch.Tensor,
+        fresh: tuple[torch.Tensor, torch.Tensor] | None,
+        sink_logits: torch.Tensor | None,
+        weights: torch.Tensor | None,
+    ) -> None:
+        if fresh is not None and (fresh[0].shape, fresh[1].shape) != self._fresh_shapes:
+            raise ValueError(f"fresh keys and values must be {self._fresh_shapes}, not {[x.shape for x in fresh]}")
+        if query.shape != self._query_shape:
+            raise ValueError(f"query must be {self._query_shape}, not {query.shape}")
+        if sink_logits is not None and sink_logits.shape != (self._heads,):
+            raise ValueError(f"sink_logits must be [{self._heads}], not {[*sink_logits.shape]}")
+        if weights is not None and weights.shape != (self._rows, self._form.block_tokens):
+            raise ValueError(f"weights must be {[self._rows, self._form.block_tokens]}, not {[*weights.shape]}")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
