@@ -258,6 +258,7 @@ class Workers:
             "kv_blocks": 24,
             "kv_tails": 6,
             "sequences_max": 4,
+            "step_tokens": 256,  # measured, it would depend on what else the machine does
             "heartbeat_s": 0.05,
             "registry_ttl_s": 5.0,
             "drain_s": 5.0,

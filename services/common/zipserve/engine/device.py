@@ -53,8 +53,8 @@ class WorkerSettings(ServiceSettings):
     sequences_max: int = Field(default=32, ge=1)
     """Most sequences computed in one step."""
     step_tokens: int = Field(default=0, ge=0)
-    """Most tokens of prompts computed in one step; longer prompts are computed in chunks. 0: measured at start, the
-    smallest of 64, 128, 256 and 512 that is nearly as fast per token as the fastest."""
+    """Most tokens of prompts computed in one step; longer prompts are computed in chunks. 0: 256, unless it is measured
+    at start that 64 or 128 are nearly as fast per token, or 512 is faster."""
     threads: int = Field(default=0, ge=0)
     """CPU threads for tensor operations. 0: one per available core."""
     queue_requests_max: int = Field(default=512, ge=1)
@@ -173,5 +173,6 @@ class Device:
 
     def _measure(self) -> int:
         saturation = measure(self.engine)
-        _log.info("step.measured", step_tokens=saturation.step_tokens, tokens_per_s=round(saturation.tokens_per_s, 1))
+        rate = saturation.tokens_per_s
+        _log.info("step.measured", step_tokens=saturation.step_tokens, tokens_per_s=rate and round(rate, 1))
         return saturation.step_tokens
