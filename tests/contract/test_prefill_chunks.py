@@ -10,7 +10,7 @@ import pytest
 from memory_transport import Fabric
 from oracle import Oracle
 from polling import until
-from workers import Prefill, Workers, prompt
+from workers import Prefill, Workers, prompt, value
 from zipserve.common import errors
 from zipserve.common.sampling import Sampling
 from zipserve.engine.sampling import Sampler
@@ -105,6 +105,9 @@ async def test_a_caller_that_goes_away_between_two_steps_frees_everything(prefil
         await task
     await prefill.settled()
     assert len(pace.steps) < LONG // STEP, "it was computed to its end"
+    metrics = prefill.service.metrics
+    assert value(metrics, "zipserve_running_requests") == 0
+    assert value(metrics, "zipserve_kv_blocks_free") == prefill.settings.kv_blocks
 
 
 async def test_a_deadline_that_cannot_be_met_is_refused_at_once(prefill: Prefill) -> None:

@@ -99,6 +99,7 @@ class PrefillWorker:
         now_s = time.monotonic()
         job = Job(len(token_ids), deadline_s, Prompt(request_id, token_ids, samplers, now_s, result), priority)
         self._scheduler.submit(job, now_s)
+        self._note_levels()
         self._idle.clear()
         self._work.set()
         try:
@@ -130,7 +131,7 @@ class PrefillWorker:
         for kind, slab in slabs:
             header.poison(self._device.slab_view(kind, slab))
         self._scheduler.pools.give_back(slabs)
-        self._metrics.free_blocks.set(self._scheduler.pools.blocks.free)
+        self._note_levels()
         self._work.set()
 
     async def drained(self) -> None:
@@ -155,7 +156,7 @@ class PrefillWorker:
     async def _run(self, chunks: list[Chunk[Prompt]]) -> None:
         started_s = time.monotonic()
         self._stepping = [chunk.job for chunk in chunks]
-        self._metrics.running_requests.set(self._scheduler.running_requests)
+        self._note_levels()
         for job in self._stepping:
             if job.payload.sequence is None:
                 job.payload.started_s = started_s
@@ -170,7 +171,6 @@ class PrefillWorker:
         ended_s = time.monotonic()
         self._metrics.step_seconds.observe(ended_s - started_s)
         self._scheduler.advance(chunks, ended_s - started_s, ended_s)
-        self._metrics.running_requests.set(self._scheduler.running_requests)
         for chunk, outcome in zip(chunks, outcomes, strict=True):
             self._finish(chunk.job, outcome, ended_s)
 
@@ -186,8 +186,14 @@ class PrefillWorker:
             queue_s, compute_s = prompt.started_s - prompt.submitted_s, ended_s - prompt.started_s
             prompt.result.set_result(Prefilled(outcome.drawn, prompt.logprobs, handle, queue_s, compute_s))
 
+    def _note_levels(self) -> None:
+        scheduler, metrics = self._scheduler, self._metrics
+        metrics.queued_requests.set(scheduler.queued_requests)
+        metrics.running_requests.set(scheduler.running_requests)
+        metrics.free_blocks.set(scheduler.pools.blocks.free)
+
     def _note_idle(self) -> None:
-        self._metrics.queued_requests.set(self._scheduler.queued_requests)
+        self._note_levels()
         if not self._scheduler.queued_requests and not self._scheduler.running_requests:
             self._idle.set()
 
