@@ -6,7 +6,7 @@ import grpc
 import pytest
 
 from router_cluster import PROMPT, Cluster, answer, build, refusal
-from router_peers import text_at, token_at
+from router_peers import logprobs_at, text_at, token_at
 from zipserve.common.errors import UnavailableError
 from zipserve.common.models import ModelFiles
 from zipserve.v1.decode_service_pb2 import DecodeRequest
@@ -70,6 +70,22 @@ async def test_a_dying_worker_is_replayed(alone: Cluster) -> None:
     asked = [len(request.prompt_token_ids) for peer in peers for request in peer.requests]  # type: ignore[union-attr]
     assert sorted(asked) == [TOKENS, TOKENS + 4]
     await alone.at_rest()
+
+
+async def test_the_log_probabilities_of_a_prompt_are_told_once(alone: Cluster) -> None:
+    """Also when the worker dies between them and the first token."""
+
+    async def fail_once(position: object) -> None:
+        if len(decode.requests) == 1:
+            raise UnavailableError("it broke")
+
+    decode = await alone.add("d0", at_token=fail_once)
+    call = alone.generate(stop=StopConditions(max_tokens=3), sampling=SamplingParams(prompt_logprobs=1))
+    responses = [response async for response in call]
+    kinds = [response.WhichOneof("event") for response in responses]
+    assert kinds == ["started", "prompt_logprobs", *["delta"] * (len(kinds) - 3), "finished"]
+    assert list(responses[1].prompt_logprobs.logprobs) == [logprobs_at(i, 1) for i in range(1, TOKENS)]
+    assert responses[-1].finished.usage.replays == 1
 
 
 async def test_a_replay_that_has_become_long_goes_to_a_prefill_worker(

@@ -166,6 +166,11 @@ def _logprobs(sampling: SamplingParams, start: int, count: int) -> list[TokenLog
     return [logprobs_at(position, sampling.logprobs) for position in range(start, start + count) if asked]
 
 
+def _prompt_logprobs(sampling: SamplingParams, tokens: int) -> list[TokenLogprobs]:
+    asked = sampling.HasField("prompt_logprobs")
+    return [logprobs_at(position, sampling.prompt_logprobs) for position in range(1, tokens) if asked]
+
+
 class _Prefill(PrefillServiceServicer):
     def __init__(self, peer: Peer) -> None:
         self._peer = peer
@@ -194,11 +199,7 @@ class _Prefill(PrefillServiceServicer):
             queue_time=to_duration(0.25),
             compute_time=to_duration(0.5),
             logprobs=next(iter(_logprobs(request.sampling, position, 1)), None),
-            prompt_logprobs=[
-                logprobs_at(i, request.sampling.prompt_logprobs)
-                for i in range(1, position)
-                if request.sampling.HasField("prompt_logprobs")
-            ],
+            prompt_logprobs=_prompt_logprobs(request.sampling, position),
         )
 
     async def ReleaseHandle(self, request: ReleaseHandleRequest, context: Context) -> ReleaseHandleResponse:
@@ -218,8 +219,12 @@ class _Decode(DecodeServiceServicer):
         try:
             await peer.before(request)
             if request.prompt_token_ids:
-                yield DecodeResponse(computed=Computed(queue_time=to_duration(0.25), compute_time=to_duration(0.5)))
                 start = len(request.prompt_token_ids)
+                told = _prompt_logprobs(request.sampling, start)
+                queue_time, compute_time = to_duration(0.25), to_duration(0.5)
+                yield DecodeResponse(
+                    computed=Computed(queue_time=queue_time, compute_time=compute_time, prompt_logprobs=told)
+                )
             else:
                 pulled = Pulled(bytes=4096, blocks=1, transfer_time=to_duration(0.125), verify_time=to_duration(0.125))
                 yield DecodeResponse(pulled=pulled)

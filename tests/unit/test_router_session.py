@@ -195,9 +195,12 @@ class Run:
         job = Job("r1", PROMPT, Sampling(seed=1), self.max_tokens, self.stop, frozenset({STOP_ID}))
         self.transcript = Transcript(job, Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids), ()))
         self.choice = Choice(job, self.transcript)
-        self.session = Session(
-            [self.choice],
-            Need("m", "r", job.tokens_max),
+        self.session = self.session_of([self.choice])
+
+    def session_of(self, choices: list[Choice]) -> Session:
+        return Session(
+            choices,
+            Need("m", "r", self.choice.job.tokens_max),
             self.workers,
             self.in_flight,
             self.deadline,
@@ -294,6 +297,8 @@ def test_one_failure_is_invisible(error: type[ZipserveError], where: str) -> Non
     assert run.report.replays == 1
     assert run.metrics.replays.labels(error.reason)._value.get() == 1
     assert bool(run.workers.lost) == issubclass(error, WorkerLostError)
+    if where == "before the pull":  # whether or not the worker has taken it
+        assert next(iter(run.workers.handles.values())) == ["taken", "released"]
     # the replay prefills what the client has already
     assert run.workers.prompts[-1] == [*PROMPT, *expected(len(run.workers.prompts[-1]) - 3)]
     # and goes to another worker than the one that failed
@@ -414,6 +419,22 @@ def test_an_error_that_no_replay_helps(error: type[ZipserveError], where: str) -
     run = Run(workers)
     assert str(run.fails(error)) == "no"
     assert run.report.replays == 0
+    run.check_nothing_is_left()
+
+
+def test_a_reader_that_leaves_before_the_pull_releases_the_handle() -> None:
+    """The call may never have left."""
+    run = Run(FakeWorkers(cancel_at=2))
+    run.fails(asyncio.CancelledError)
+    assert run.workers.calls == ["p0", "d0"]
+    assert list(run.workers.handles.values()) == [["taken", "released"]]
+
+
+def test_too_few_first_tokens_are_a_defect() -> None:
+    run = Run(FakeWorkers())
+    run.session = run.session_of([run.choice, run.choice])
+    assert "drew 1 first tokens, not 2" in str(run.fails(InternalError))
+    assert list(run.workers.handles.values()) == [["released"]]
     run.check_nothing_is_left()
 
 

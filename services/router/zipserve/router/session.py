@@ -109,6 +109,8 @@ class Session:
         """Attempts in a row that got no further than the prompt."""
         self._called: Worker | None = None
         """Who was called last."""
+        self._told_prompt = False
+        """Whether the client has the prompt's log-probabilities."""
 
     async def run(self) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         """Generates until the transcripts have ended, or are to go on one by one: see `parted`. Closing it cancels what
@@ -203,8 +205,13 @@ class Session:
             answer = await self._prefill(prefill, token_ids)
         handed_over = False
         try:
-            if answer.prompt_logprobs:
-                yield PromptLogprobs(logprobs=answer.prompt_logprobs)
+            if len(answer.other_choices) != len(self._choices) - 1:
+                raise InternalError(
+                    f"prefill worker {prefill.worker_id} drew {1 + len(answer.other_choices)} first tokens, not "
+                    f"{len(self._choices)}"
+                )
+            for told in self._tell_prompt(answer.prompt_logprobs):
+                yield told
             own = FirstToken(
                 token_id=answer.token_id, logprobs=answer.logprobs if answer.HasField("logprobs") else None
             )
@@ -237,19 +244,14 @@ class Session:
             choices=len(self._choices),
         )
         answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
-        if len(answer.other_choices) != len(self._choices) - 1:
-            raise InternalError(
-                f"prefill worker {worker.worker_id} drew {1 + len(answer.other_choices)} first tokens, not "
-                f"{len(self._choices)}"
-            )
         for choice in self._choices:
             choice.report.count_prefill(answer)
         return answer
 
     def _sampling(self) -> Sampling:
         """As asked for; but the prompt's log-probabilities come once, with the first token of the first choice."""
-        sampling = self._job.sampling
-        return replace(sampling, prompt_logprobs=None) if self._tokens or self._job.choice else sampling
+        sampling, told = self._job.sampling, self._told_prompt or self._tokens or self._job.choice
+        return replace(sampling, prompt_logprobs=None) if told else sampling
 
     async def _decode(
         self, route: Pair | Alone, answer: PrefillResponse | None, timeout_s: float
@@ -273,10 +275,9 @@ class Session:
                         await self._settle(events)
                         return
             raise WorkerLostError(f"decode worker {worker.worker_id} ended its stream before the sequence ended")
-        except WorkerLostError:
-            if isinstance(route, Pair) and answer and not pulled:  # it may never have seen the call
+        finally:
+            if isinstance(route, Pair) and answer and not pulled:  # it may never have seen the call, or refused it
                 self._workers.release(route.prefill, answer.handle, self._job.request_id)
-            raise
 
     def _decode_request(self, choices: list[Choice], answer: PrefillResponse | None) -> DecodeRequest:
         first = choices[0].transcript
@@ -305,10 +306,15 @@ class Session:
                     choice.report.count_pull(event.pulled, choice.transcript.position - 1)
             case "computed":
                 choices[0].report.count_computed(event.computed)
-                if event.computed.prompt_logprobs:
-                    yield PromptLogprobs(logprobs=event.computed.prompt_logprobs)
+                yield from self._tell_prompt(event.computed.prompt_logprobs)
             case "tokens" | "finished" as kind:
                 yield from self._take_of_one(kind, event, choices, worker)
+
+    def _tell_prompt(self, logprobs: Sequence[TokenLogprobs]) -> Iterator[PromptLogprobs]:
+        """The prompt's log-probabilities for the client, once: an attempt may fail between them and the first token."""
+        if logprobs and not self._told_prompt:
+            self._told_prompt = True
+            yield PromptLogprobs(logprobs=logprobs)
 
     def _take_of_one(self, kind: str, event: DecodeResponse, choices: list[Choice], worker: Worker) -> Iterator[Chunk]:
         number = event.tokens.sequence if kind == "tokens" else event.finished.sequence
