@@ -145,7 +145,6 @@ async def test_going_away_frees_all(pair: Pair) -> None:
     ("changes", "message"),
     [
         ({"siblings": [Sibling(token_id=1)] * 16}, "there are 16 siblings, at most 15 are allowed"),
-        ({"siblings": [Sibling(token_id=1)] * 4}, "5 sequences of one prompt are more than the 4 of this worker"),
         ({"siblings": [Sibling(token_id=259)]}, "token id 259 is outside the vocabulary"),
     ],
 )
@@ -155,6 +154,12 @@ async def test_siblings_that_are_wrong(pair: Pair, changes: dict[str, Any], mess
     assert getattr(refused, "field", "") == "siblings"
     assert message in str(refused)
     pair.prefill.service.source.release_handle(prefilled.handle)
+
+
+async def test_choices_beyond_the_slots_may_come_one_by_one(pair: Pair) -> None:
+    prefilled = await pair.prefill.compute(prompt(40))
+    refused = await pair.decode.refused(prefilled, errors.OverloadedError, siblings=[Sibling(token_id=1)] * 4)
+    assert "5 sequences of one prompt are more than the 4 of this worker" in str(refused)
 
 
 async def test_too_many_choices(pair: Pair) -> None:

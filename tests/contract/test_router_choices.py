@@ -10,7 +10,7 @@ import pytest
 from polling import until
 from router_cluster import PROMPT, Cluster, build, refusal
 from router_peers import Peer, logprobs_at, text_at, token_at
-from zipserve.common.errors import WorkerLostError
+from zipserve.common.errors import OverloadedError, WorkerLostError
 from zipserve.common.models import ModelFiles
 from zipserve.v1.decode_service_pb2 import DecodeRequest
 from zipserve.v1.inference_service_pb2 import Finished
@@ -142,6 +142,19 @@ async def test_a_failed_prefill_is_replayed_for_all(alone: Cluster) -> None:
     answers = await choices(generate(alone, 3))
     assert [answer.token_ids for answer in answers] == [expected(i, 9) for i in range(3)]
     assert [request.choices for request in prefills(prefill)] == [3, 3]
+
+
+async def test_choices_that_have_no_room_together_are_decoded_one_by_one(alone: Cluster) -> None:
+    async def refuse_many(request: object) -> None:
+        if isinstance(request, DecodeRequest) and request.siblings:
+            raise OverloadedError("more than the slots of this worker", retry_after_s=600)
+
+    await alone.add("p0", by_seed=True)
+    await alone.add("d0", by_seed=True, before=refuse_many)
+    answers = await choices(generate(alone, 3))
+    assert [answer.token_ids for answer in answers] == [expected(i, 9) for i in range(3)]
+    assert [answer.finished.usage.replays for answer in answers if answer.finished] == [1, 1, 1]
+    await alone.at_rest()
 
 
 async def test_choices_that_end_with_their_first_token_are_not_decoded(alone: Cluster) -> None:

@@ -89,7 +89,7 @@ class DecodeMachine(RuleBasedStateMachine):
             with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {total // BLOCK} KV blocks"):
                 self.scheduler.submit(ticket)
         elif 1 + forks > self.scheduler.slots.count:
-            with pytest.raises(InvalidRequestError, match=f"{1 + forks} sequences of one prompt are more than the"):
+            with pytest.raises(OverloadedError, match=f"{1 + forks} sequences of one prompt are more than the"):
                 self.scheduler.submit(ticket)
         elif len(waiting) >= QUEUE_REQUESTS_MAX:
             with pytest.raises(OverloadedError, match="4 sequences wait, the limit is 4"):

@@ -116,7 +116,7 @@ class DecodeScheduler(Generic[T]):
 
         Raises:
             InvalidRequestError: it could never be held here.
-            OverloadedError: the queue is full.
+            OverloadedError: the queue is full, or it comes with more forks than there are slots.
         """
         needed = self.pools.sealed_blocks(ticket.total_tokens)
         if needed > self.pools.blocks.count:
@@ -126,9 +126,8 @@ class DecodeScheduler(Generic[T]):
                 field="max_new_tokens",
             )
         if 1 + ticket.forks > self.slots.count:
-            raise InvalidRequestError(
-                f"{1 + ticket.forks} sequences of one prompt are more than the {self.slots.count} of this worker",
-                field="siblings",
+            raise OverloadedError(  # each by itself has room
+                f"{1 + ticket.forks} sequences of one prompt are more than the {self.slots.count} of this worker"
             )
         if self.queued_requests >= self._queue_requests_max:
             raise OverloadedError(f"{self.queued_requests} sequences wait, the limit is {self._queue_requests_max}")
