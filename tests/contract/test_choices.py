@@ -1,6 +1,7 @@
 """Several choices of one prompt on real workers: computed, read and held once, and each as if it were alone."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from memory_transport import Fabric
 from polling import until
 from workers import BLOCK, Gate, Pair, Workers, claims_of, prompt, value
 from zipserve.common import errors
-from zipserve.v1.decode_service_pb2 import DecodeResponse, Sibling
+from zipserve.v1.decode_service_pb2 import DecodeResponse, EndSequenceRequest, Sibling
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
 from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams
 
@@ -114,6 +115,58 @@ async def test_a_choice_that_ends_leaves_the_prompt_to_the_others(pair: Pair) ->
     reasons = {e.finished.sequence: e.finished.reason for e in events if e.HasField("finished")}
     length, stopped = FinishReason.FINISH_REASON_LENGTH, FinishReason.FINISH_REASON_STOP
     assert reasons == {0: length, 1: stopped, 2: length, 3: length}
+
+
+async def test_a_choice_that_is_ended_leaves_the_others(pair: Pair) -> None:
+    """It ends at once, and once; the token that is being computed is not told any more."""
+    free = [await alone(pair, prompt(40), 20, choice) for choice in range(N)]
+    border: dict[str, Any] = {"sampling": SAMPLING, "prompt_tokens": 40}
+    first = await pair.prefill.compute(prompt(40), choices=N, **border)
+    changes = {"past_token_ids": prompt(40), "siblings": siblings(first), "stream_id": b"s", **border}
+    gate = Gate(pair.decode.service.device)
+    task = asyncio.create_task(pair.decode.events(first, 20, **changes))
+    await gate.entered()
+    for stream_id, sequence in ((b"s", 2), (b"s", 2), (b"s", N), (b"?", 0), (b"", 0)):
+        await pair.decode.stub.EndSequence(EndSequenceRequest(stream_id=stream_id, sequence=sequence))
+    assert not task.done()
+    gate.open()
+    events = await task
+    assert (events[1].finished.sequence, events[1].finished.reason) == (2, FinishReason.FINISH_REASON_STOP)
+    found = {i: [t for e in events if e.tokens.sequence == i for t in e.tokens.token_ids] for i in range(N)}
+    assert found == {i: [] if i == 2 else free[i][1:] for i in range(N)}
+    assert sum(event.HasField("finished") for event in events) == N
+    await pair.settled()
+
+
+async def test_a_failure_of_a_choice_that_is_ended_is_nobodys(pair: Pair) -> None:
+    first = await pair.prefill.compute(prompt(40), choices=2)
+    engine = pair.decode.service.device.engine
+    forward, steps = engine.forward, iter(range(100))
+
+    def refuse_second(segments: Any) -> Any:
+        step = forward(segments)
+        return replace(step, failed={1: errors.KvValueError("of a test")}) if next(steps) == 0 else step
+
+    engine.forward = refuse_second  # type: ignore[method-assign]
+    gate = Gate(pair.decode.service.device)
+    task = asyncio.create_task(pair.decode.events(first, siblings=siblings(first), stream_id=b"s"))
+    await gate.entered()
+    await pair.decode.stub.EndSequence(EndSequenceRequest(stream_id=b"s", sequence=1))
+    gate.open()
+    assert sum(len(event.tokens.token_ids) for event in await task) == 8
+    await pair.settled()
+
+
+async def test_a_stream_id_is_of_one_call(pair: Pair) -> None:
+    gate = Gate(pair.decode.service.device)
+    one, other = await pair.prefill.compute(20), await pair.prefill.compute(20)
+    task = asyncio.create_task(pair.decode.events(one, stream_id=b"s"))
+    await gate.entered()
+    await pair.decode.refused(other, errors.InvalidRequestError, stream_id=b"s")
+    gate.open()
+    await task
+    await pair.settled()
+    assert len(await pair.decode.tokens(await pair.prefill.compute(20), stream_id=b"s")) == 8
 
 
 async def test_choices_that_cannot_grow_together_take_turns(cluster_workers: Workers) -> None:

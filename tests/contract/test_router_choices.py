@@ -171,11 +171,16 @@ async def test_choices_that_end_with_their_first_token_are_not_decoded(alone: Cl
 
 
 async def test_a_stop_string_ends_its_choice_only(alone: Cluster) -> None:
+    """And the worker is told, once; but not where the call ends with it."""
     await alone.add("p0", by_seed=True)
-    await alone.add("d0", by_seed=True)
+    decode = await alone.add("d0", by_seed=True)
     answers = await choices(generate(alone, 3, max_tokens=6, stop=[text_at(10 + SEED + 5, 2)]))
     assert reasons(answers) == [LENGTH, STOP, STOP]
     assert [answer.text for answer in answers] == [text_at(10 + SEED, 6), text_at(11 + SEED, 4), text_at(12 + SEED, 3)]
+    await alone.at_rest()
+    (continued,) = decodes(decode)
+    assert [(ended.stream_id, ended.sequence) for ended in decode.ended] == [(continued.stream_id, 2)]
+    assert len(continued.stream_id) == 16
 
 
 async def test_a_cancelled_request_cancels_all(alone: Cluster) -> None:

@@ -24,6 +24,8 @@ from zipserve.v1.decode_service_pb2 import (
     DecodeFinished,
     DecodeRequest,
     DecodeResponse,
+    EndSequenceRequest,
+    EndSequenceResponse,
     Pulled,
 )
 from zipserve.v1.decode_service_pb2_grpc import DecodeServiceServicer, add_DecodeServiceServicer_to_server
@@ -84,6 +86,7 @@ class Peer:
     timeouts_s: list[float] = field(default_factory=list)
     issued: set[bytes] = field(default_factory=set)
     released: list[bytes] = field(default_factory=list)
+    ended: list[EndSequenceRequest] = field(default_factory=list)
     cancelled: asyncio.Event = field(default_factory=asyncio.Event)
     """A call ended before its time."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -253,6 +256,11 @@ class _Decode(DecodeServiceServicer):
         finally:
             if not complete:
                 peer.cancelled.set()
+
+    async def EndSequence(self, request: EndSequenceRequest, context: Context) -> EndSequenceResponse:
+        """Is noted only: tokens that are on their way come all the same."""
+        self._peer.ended.append(request)
+        return EndSequenceResponse()
 
 
 @asynccontextmanager

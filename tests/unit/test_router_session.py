@@ -34,7 +34,14 @@ from zipserve.router.job import Job
 from zipserve.router.policy import InFlight, Need, Worker
 from zipserve.router.session import Rules, Session
 from zipserve.router.transcript import Chunk, Transcript
-from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeFinished, DecodeRequest, DecodeResponse, Pulled
+from zipserve.v1.decode_service_pb2 import (
+    DecodedTokens,
+    DecodeFinished,
+    DecodeRequest,
+    DecodeResponse,
+    EndSequenceRequest,
+    Pulled,
+)
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
 from zipserve.v1.sampling_pb2 import FinishReason
@@ -153,6 +160,9 @@ class FakeWorkers:
 
     def release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
         self.handles[handle.claims].append("released")
+
+    def end_sequence(self, worker: Worker, request: EndSequenceRequest, request_id: str) -> None:
+        raise AssertionError("the only sequence of a call ends with it")
 
     def report_lost(self, worker: Worker) -> None:
         self.lost.append(worker.worker_id)

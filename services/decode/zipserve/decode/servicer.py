@@ -1,8 +1,8 @@
 """DecodeService: protos to domain and back."""
 
 import asyncio
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from zipserve.common.errors import InvalidRequestError, ZipserveError
@@ -24,6 +24,8 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
         self._worker = worker
         self._device = device
         self._deadline_default_s = deadline_default_s
+        self._streams: dict[bytes, list[Stream]] = {}
+        """Of the calls that have a stream_id."""
 
     async def Decode(
         self, request: decode_service_pb2.DecodeRequest, context: Context
@@ -39,10 +41,33 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
                     yield event
         else:
             async with self._worker.pulled(request.handle, continuations, deadline) as streams:
-                yield decode_service_pb2.DecodeResponse(pulled=_pulled(streams[0]))
-                async with aclosing(_told(streams, deadline)) as events:
-                    async for event in events:
-                        yield event
+                with self._named(request.stream_id, streams):
+                    yield decode_service_pb2.DecodeResponse(pulled=_pulled(streams[0]))
+                    async with aclosing(_told(streams, deadline)) as events:
+                        async for event in events:
+                            yield event
+
+    async def EndSequence(
+        self, request: decode_service_pb2.EndSequenceRequest, context: Context
+    ) -> decode_service_pb2.EndSequenceResponse:
+        for stream in self._streams.get(request.stream_id, []):
+            if stream.index == request.sequence:
+                self._worker.stop(stream)
+        return decode_service_pb2.EndSequenceResponse()
+
+    @contextmanager
+    def _named(self, stream_id: bytes, streams: list[Stream]) -> Iterator[None]:
+        """Streams that `EndSequence` finds while the context is open."""
+        if not stream_id:
+            yield
+            return
+        if stream_id in self._streams:
+            raise InvalidRequestError(f"stream_id {stream_id.hex()[:32]} is in use", field="stream_id")
+        self._streams[stream_id] = streams
+        try:
+            yield
+        finally:
+            del self._streams[stream_id]
 
     def _continuations(self, request: decode_service_pb2.DecodeRequest) -> list[Continuation]:
         self._check(request)

@@ -249,9 +249,15 @@ class DecodeWorker:
         elif stream.generated >= stream.continuation.max_new_tokens:
             self._finish(stream, Finish(FinishReason.FINISH_REASON_LENGTH))
 
+    def stop(self, stream: Stream) -> None:
+        """Ends a stream whose reader has all that it wants; nothing happens when it has ended."""
+        self._finish(stream, Finish(FinishReason.FINISH_REASON_STOP))
+        self._end(stream)
+
     def _finish(self, stream: Stream, how: Finish | ZipserveError) -> None:
-        stream.output.put_nowait((stream.index, how))
-        stream.gone = True
+        if not stream.gone:
+            stream.output.put_nowait((stream.index, how))
+            stream.gone = True
 
     def _end(self, stream: Stream) -> None:
         """Nobody reads the stream any more."""

@@ -6,6 +6,7 @@ gRPC: workers are reached through the `Workers` interface.
 """
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
@@ -28,7 +29,7 @@ from zipserve.common.sampling import Sampling
 from zipserve.router.choice import Choice
 from zipserve.router.policy import Alone, InFlight, Need, Pair, Worker, WorkerKey, choose, choose_alone, missing
 from zipserve.router.transcript import Chunk
-from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, Sibling
+from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest, Sibling
 from zipserve.v1.inference_service_pb2 import PromptLogprobs
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import FirstToken, PrefillRequest, PrefillResponse
@@ -37,6 +38,7 @@ from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 _log = log.get()
 
 _BACKOFF_MAX_S = 1.0
+_STREAM_ID_BYTES = 16
 _SETTLE_S = 1.0
 """How long the end of a stream is waited for after its last token is known."""
 
@@ -61,6 +63,9 @@ class Workers(Protocol):
 
     def release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
         """Gives up a handle, in the background."""
+
+    def end_sequence(self, worker: Worker, request: EndSequenceRequest, request_id: str) -> None:
+        """Ends one of several sequences of a call, in the background."""
 
     def report_lost(self, worker: Worker) -> None:
         """Hides a worker that could not be reached, until it shows that it lives."""
@@ -109,6 +114,8 @@ class Session:
         """Attempts in a row that got no further than the prompt."""
         self._called: Worker | None = None
         """Who was called last."""
+        self._stream_id = b""
+        """Names the last call of several choices."""
         self._told_prompt = False
         """Whether the client has the prompt's log-probabilities."""
 
@@ -297,6 +304,7 @@ class Session:
             request.token_id = first.token_ids[-1]
             request.past_token_ids.extend(first.sequence[:-1] if self._job.sampling.penalizes else ())
             request.siblings.extend(_sibling(choice) for choice in choices[1:])
+            request.stream_id = self._stream_id = secrets.token_bytes(_STREAM_ID_BYTES)
         return request
 
     def _take(self, event: DecodeResponse, choices: list[Choice], worker: Worker) -> Iterator[Chunk | PromptLogprobs]:
@@ -325,6 +333,9 @@ class Session:
             return
         if kind == "tokens":
             chunk = self._append(choice, event.tokens.position, event.tokens.token_ids, event.tokens.logprobs)
+            if choice.transcript.stop_string is not None and self._unfinished():
+                ended = EndSequenceRequest(stream_id=self._stream_id, sequence=number)
+                self._workers.end_sequence(worker, ended, self._job.request_id)
         elif event.finished.reason == FinishReason.FINISH_REASON_UNSPECIFIED:
             raise InternalError(f"decode worker {worker.worker_id} ended a sequence without a reason")
         else:

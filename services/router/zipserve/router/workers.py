@@ -1,7 +1,8 @@
 """The workers as the registry shows them and gRPC reaches them."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from functools import partial
 
 from zipserve.common import log, tracing
 from zipserve.common.errors import ZipserveError
@@ -9,7 +10,7 @@ from zipserve.common.registry import RegistryView, WorkerRecord
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
 from zipserve.router.policy import Worker
-from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse
+from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest
 from zipserve.v1.decode_service_pb2_grpc import DecodeServiceStub
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse, ReleaseHandleRequest
@@ -17,7 +18,7 @@ from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from zipserve.v1.worker_service_pb2 import WorkerRole
 
 _log = log.get()
-_RELEASE_TIMEOUT_S = 2.0
+_GIVE_UP_TIMEOUT_S = 2.0
 
 
 class GrpcWorkers:
@@ -27,7 +28,7 @@ class GrpcWorkers:
         self._view = view
         self._channels = channels
         self._known: dict[WorkerRole.ValueType, dict[str, tuple[WorkerRecord, Worker]]] = {}
-        self._releases: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
 
     def prefills(self) -> list[Worker]:
         """Prefill workers that take work."""
@@ -61,22 +62,32 @@ class GrpcWorkers:
             call.cancel()
 
     def release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
-        """Gives up a handle in a task of its own, so that neither a cancelled nor a replayed request waits for it."""
-        task = asyncio.create_task(self._release(worker, handle, request_id), name=f"release-{request_id}")
-        self._releases.add(task)
-        task.add_done_callback(self._releases.discard)
-
-    async def _release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
+        """Gives up a handle; if that fails, its lease runs out by itself."""
         stub = PrefillServiceStub(self._channels.get(worker.address))
-        try:
-            with client_errors():
-                await stub.ReleaseHandle(
-                    ReleaseHandleRequest(handle=handle),
-                    timeout=_RELEASE_TIMEOUT_S,
-                    metadata=tracing.outgoing(request_id),
-                )
-        except ZipserveError as error:  # the lease runs out by itself
-            _log.warning("handle.release_failed", reason=error.reason, error=error.message, peer=worker.worker_id)
+        metadata = tracing.outgoing(request_id)
+        request = ReleaseHandleRequest(handle=handle)
+        call = partial(stub.ReleaseHandle, request, timeout=_GIVE_UP_TIMEOUT_S, metadata=metadata)
+        self._in_background(call, "handle.release_failed", worker)
+
+    def end_sequence(self, worker: Worker, request: EndSequenceRequest, request_id: str) -> None:
+        """Ends a sequence; if that fails, it ends with its call."""
+        stub = DecodeServiceStub(self._channels.get(worker.address))
+        call = partial(stub.EndSequence, request, timeout=_GIVE_UP_TIMEOUT_S, metadata=tracing.outgoing(request_id))
+        self._in_background(call, "sequence.end_failed", worker)
+
+    def _in_background(self, call: Callable[[], Awaitable[object]], failed: str, worker: Worker) -> None:
+        """In a task of its own, so that neither a cancelled nor a replayed request waits for it."""
+
+        async def finish() -> None:
+            try:
+                with client_errors():
+                    await call()
+            except ZipserveError as error:
+                _log.warning(failed, reason=error.reason, error=error.message, peer=worker.worker_id)
+
+        task = asyncio.create_task(finish(), name=failed)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def report_lost(self, worker: Worker) -> None:
         """Hides a worker until a later heartbeat shows that it lives."""
@@ -85,9 +96,9 @@ class GrpcWorkers:
             self._view.report_lost(record)
 
     async def settled(self) -> None:
-        """Returns when no release is under way; each takes two seconds at most."""
-        while self._releases:
-            await asyncio.gather(*self._releases)
+        """Returns when nothing is being given up; each takes two seconds at most."""
+        while self._background:
+            await asyncio.gather(*self._background)
 
     def _list(self, role: WorkerRole.ValueType) -> list[Worker]:
         # a plain record is made once for every one of the registry, which are many fewer than requests
