@@ -27,7 +27,7 @@ from zipserve.common.metrics import Metrics
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.interceptor import ServiceInterceptor
 from zipserve.common.rpc.status import client_errors, from_rpc_error, to_status
-from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse
+from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest, EndSequenceResponse
 from zipserve.v1.decode_service_pb2_grpc import (
     DecodeServiceServicer,
     DecodeServiceStub,
@@ -58,6 +58,9 @@ class Failing(WorkerServiceServicer, DecodeServiceServicer):
     async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeResponse]:
         for _ in range(self.events):
             yield DecodeResponse()
+        raise self.error
+
+    async def EndSequence(self, request: EndSequenceRequest, context: Context) -> EndSequenceResponse:
         raise self.error
 
 
