@@ -109,22 +109,21 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
 
 // ---- the program
 
-static void multiply(const Program *p, const Op *op, const Strips *strips, int *next) {
+static void multiply(const Program *p, const Op *op, const Strips *strips, const Team *team) {
     const Buffer *source = p->buffers + op->source;
     const Rows rows = {source->data, source->stride, op->matrix->inputs, op->norm, op->eps};
-    zs_pack(&rows, strips, omp_get_thread_num(), omp_get_num_threads(), p->packed);
+    zs_pack(&rows, strips, team, p->packed);
 #pragma omp barrier
     Output output = {p->buffers[op->target], op->epilogue};
-    zs_gemm(op->matrix, strips, p->packed, next, p->scratch + omp_get_thread_num() * p->scratch_stride, put, &output);
+    zs_gemm(op->matrix, strips, p->packed, team, p->scratch + team->thread * p->scratch_stride, put, &output);
 }
 
-static void run(const Program *p, const Op *op, const Strips *strips, int *next) {
-    if (op->kind == OP_LINEAR) return multiply(p, op, strips, next);
-    float *scratch = p->scratch + omp_get_thread_num() * p->scratch_stride;
+static void run(const Program *p, const Op *op, const Strips *strips, const Team *team) {
+    if (op->kind == OP_LINEAR) return multiply(p, op, strips, team);
 #pragma omp for nowait
     for (int row = 0; row < p->rows; row++) {
         if (op->kind == OP_HEADS) prepare_heads(p, op, row);
-        if (op->kind == OP_NORM_ADD) norm_add(p, op, row, scratch);
+        if (op->kind == OP_NORM_ADD) norm_add(p, op, row, p->scratch + team->thread * p->scratch_stride);
     }
 }
 
@@ -133,11 +132,12 @@ void zs_decoder(const Program *p) {
     for (int i = 0; i < p->count; i++)
         if (p->ops[i].matrix) products += p->ops[i].matrix->inputs * p->ops[i].matrix->outputs * p->rows;
     const Strips strips = zs_strips(p->rows);
-    int next[p->count];
+    int next[p->count * p->threads];
     memset(next, 0, sizeof next);
 #pragma omp parallel num_threads(p->threads) if (products > WAKING_PRODUCTS)
     for (int i = 0; i < p->count; i++) {
-        run(p, p->ops + i, &strips, next + i);
+        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next + i * p->threads};
+        run(p, p->ops + i, &strips, &team);
 #pragma omp barrier
     }
 }

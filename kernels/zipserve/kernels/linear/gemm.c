@@ -75,10 +75,14 @@ ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows
     UNROLL24 for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < panels * VECTORS; v++)
             sums[r][v] = t->adds ? load_native(t->sums + r * PAIR + v * NATIVE_LANES) : (native_f32){0};
+    // Behind its last input a panel of a pair goes on with that of the next pair.
+    const char *ahead = w + AHEAD;
+    const int64_t turn = t->depth - AHEAD / bytes, jump = (panels - 1) * t->panel_bytes;
     for (int64_t i = 0; i < t->depth; i++) {
         native_f32 weight[2 * VECTORS];
+        if (i == turn) ahead += jump;
         UNROLL for (int p = 0; p < panels; p++) {
-            __builtin_prefetch(w + p * t->panel_bytes + AHEAD);
+            __builtin_prefetch(ahead + p * t->panel_bytes);
             UNROLL for (int v = 0; v < VECTORS; v++)
                 weight[p * VECTORS + v] = weights_at(w + p * t->panel_bytes, v * NATIVE_LANES, type);
         }
@@ -86,6 +90,7 @@ ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows
             UNROLL for (int v = 0; v < panels * VECTORS; v++) sums[r][v] += x[r] * weight[v];
         x += rows;
         w += bytes;
+        ahead += bytes;
     }
     UNROLL24 for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < panels * VECTORS; v++)
@@ -104,42 +109,47 @@ ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows
 #define EACH_SINGLE_ROWS EACH_SINGLE_ROWS_6
 #endif
 
-static void multiply_single(const Tile *t, int rows) {
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_FLOAT32, n, 1);
-    switch (rows) { EACH_SINGLE_ROWS(CASE) }
-#undef CASE
-}
-
-#define PAIRED(name, type)                         \
-    static void name(const Tile *t, int rows) {    \
-        switch (rows) { EACH_PAIR_ROWS(CASE) }     \
+// One function for each type of weights and number of panels: a case for every number of rows.
+#define MULTIPLY(name, each)                   \
+    static void name(const Tile *t, int rows) { \
+        switch (rows) { each(CASE) }            \
     }
 #define CASE(n) \
+    case n: return multiply(t, WEIGHT_FLOAT32, n, 1);
+MULTIPLY(single_float32, EACH_SINGLE_ROWS)
+#undef CASE
+#define CASE(n) \
     case n: return multiply(t, WEIGHT_FLOAT32, n, 2);
-PAIRED(multiply_float32, WEIGHT_FLOAT32)
+MULTIPLY(pair_float32, EACH_PAIR_ROWS)
+#undef CASE
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_BFLOAT16, n, 1);
+MULTIPLY(single_bfloat16, EACH_SINGLE_ROWS)
 #undef CASE
 #define CASE(n) \
     case n: return multiply(t, WEIGHT_BFLOAT16, n, 2);
-PAIRED(multiply_bfloat16, WEIGHT_BFLOAT16)
+MULTIPLY(pair_bfloat16, EACH_PAIR_ROWS)
+#undef CASE
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_FLOAT16, n, 1);
+MULTIPLY(single_float16, EACH_SINGLE_ROWS)
 #undef CASE
 #define CASE(n) \
     case n: return multiply(t, WEIGHT_FLOAT16, n, 2);
-PAIRED(multiply_float16, WEIGHT_FLOAT16)
+MULTIPLY(pair_float16, EACH_PAIR_ROWS)
+#undef CASE
+#define CASE(n) \
+    case n: return multiply(t, WEIGHT_INT8, n, 1);
+MULTIPLY(single_int8, EACH_SINGLE_ROWS)
 #undef CASE
 #define CASE(n) \
     case n: return multiply(t, WEIGHT_INT8, n, 2);
-PAIRED(multiply_int8, WEIGHT_INT8)
+MULTIPLY(pair_int8, EACH_PAIR_ROWS)
 #undef CASE
 
-static void multiply_pair(const Tile *t, WeightType type, int rows) {
-    switch (type) {
-        case WEIGHT_FLOAT32: return multiply_float32(t, rows);
-        case WEIGHT_BFLOAT16: return multiply_bfloat16(t, rows);
-        case WEIGHT_FLOAT16: return multiply_float16(t, rows);
-        case WEIGHT_INT8: return multiply_int8(t, rows);
-    }
-}
+typedef void Multiply(const Tile *t, int rows);
+static Multiply *const singles[] = {single_float32, single_bfloat16, single_float16, single_int8};
+static Multiply *const doubles[] = {pair_float32, pair_bfloat16, pair_float16, pair_int8};
 
 Strips zs_strips(int rows) {
     const int is_single = rows > PAIR_ROWS;
@@ -178,7 +188,7 @@ static void multiply_rows(const Matrix *m, const Strips *s, const float *packed,
     const int bytes = PANEL * type_bytes[m->type];
     const int64_t panel_bytes = m->inputs * bytes;
     const int64_t most = s->strips == 1 ? m->inputs : DEPTH;
-    const int is_direct = m->type == WEIGHT_FLOAT32 || (s->is_paired && s->strips == 1);
+    const int is_direct = m->type == WEIGHT_FLOAT32 || s->strips == 1;
     for (int64_t from = 0; from < m->inputs; from += most) {
         const int64_t depth = from + most < m->inputs ? most : m->inputs - from;
         Tile tile = {.weights = pair + from * bytes, .depth = depth, .panel_bytes = panel_bytes, .adds = from > 0};
@@ -191,32 +201,45 @@ static void multiply_rows(const Matrix *m, const Strips *s, const float *packed,
             const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
             tile.strip = packed + begin * m->inputs + from * rows;
             tile.sums = sums + begin * PAIR;
+            const WeightType type = is_direct ? m->type : WEIGHT_FLOAT32;
             if (s->is_paired) {
-                multiply_pair(&tile, is_direct ? m->type : WEIGHT_FLOAT32, rows);
+                doubles[type](&tile, rows);
                 continue;
             }
             Tile second = tile;
             second.weights += tile.panel_bytes;
             second.sums += PANEL;
-            multiply_single(&tile, rows);
-            multiply_single(&second, rows);
+            singles[type](&tile, rows);
+            singles[type](&second, rows);
         }
     }
 }
 
-void zs_gemm(const Matrix *m, const Strips *s, const float *packed, int *next, float *scratch, Sink *sink,
-             void *context) {
-    const int64_t pair_bytes = m->inputs * PAIR * type_bytes[m->type], pairs = (m->outputs + PAIR - 1) / PAIR;
+// A pair of panels by all rows, to the sink.
+static void multiply_panels(const Matrix *m, const Strips *s, const float *packed, int64_t pair, float *scratch,
+                            Sink *sink, void *context) {
+    const int64_t pair_bytes = m->inputs * PAIR * type_bytes[m->type], column = pair * PAIR;
+    const int64_t left = m->outputs - column;
     float *sums = scratch, *wide = scratch + s->rows * PAIR;
-    for (;;) {
-        const int64_t pair = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), column = pair * PAIR;
-        if (pair >= pairs) return;
-        multiply_rows(m, s, packed, (const char *)m->panels + pair * pair_bytes, sums, wide);
-        finish(m, sums, s->rows, column);
-        const int64_t left = m->outputs - column;
-        for (int strip = 0; strip < s->strips; strip++) {
-            const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
-            sink(context, sums + begin * PAIR, begin, rows, column, left < PAIR ? left : PAIR);
+    multiply_rows(m, s, packed, (const char *)m->panels + pair * pair_bytes, sums, wide);
+    finish(m, sums, s->rows, column);
+    for (int strip = 0; strip < s->strips; strip++) {
+        const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
+        sink(context, sums + begin * PAIR, begin, rows, column, left < PAIR ? left : PAIR);
+    }
+}
+
+// Every thread begins with a run of neighbours, which is one stream of memory; who is done helps the others.
+void zs_gemm(const Matrix *m, const Strips *s, const float *packed, const Team *team, float *scratch, Sink *sink,
+             void *context) {
+    const int64_t pairs = (m->outputs + PAIR - 1) / PAIR, threads = team->threads;
+    for (int i = 0; i < threads; i++) {
+        const int64_t owner = (team->thread + i) % threads;
+        const int64_t begin = pairs * owner / threads, end = pairs * (owner + 1) / threads;
+        for (;;) {
+            const int64_t pair = begin + __atomic_fetch_add(team->next + owner, 1, __ATOMIC_RELAXED);
+            if (pair >= end) break;
+            multiply_panels(m, s, packed, pair, scratch, sink, context);
         }
     }
 }
@@ -270,7 +293,8 @@ static void pack_strip(const Rows *rows, const float *x, int count, int64_t from
 
 // Few strips are shared by their inputs and many as a whole: two threads that wrote rows of the same strip would write
 // the same cache lines.
-void zs_pack(const Rows *rows, const Strips *s, int thread, int threads, float *packed) {
+void zs_pack(const Rows *rows, const Strips *s, const Team *team, float *packed) {
+    const int thread = team->thread, threads = team->threads;
     const int is_shared = s->strips < threads;
     const int begin = is_shared ? 0 : s->strips * thread / threads;
     const int end = is_shared ? s->strips : s->strips * (thread + 1) / threads;

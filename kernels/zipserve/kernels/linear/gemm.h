@@ -37,10 +37,15 @@ static inline int strip_begin(const Strips *s, int strip) {
 // Takes `count` columns, which start at `column`, of rows [begin, begin + rows): sums[row][column], stride PAIR.
 typedef void Sink(void *context, const float *sums, int begin, int rows, int column, int count);
 
-// This thread's part of a product; all threads call it with the same arguments. `next` is 0 at the start and shared;
-// `packed` is the strips' buffer; `scratch` this thread's own, of zs_gemm_scratch floats. The pairs of panels are handed
-// out one by one, and every one gets all rows.
-void zs_gemm(const Matrix *m, const Strips *s, const float *packed, int *next, float *scratch, Sink *sink,
+// The threads of a parallel region, as one of them sees it.
+typedef struct {
+    int thread, threads;
+    int *next;  // [threads], shared, 0 before each product
+} Team;
+
+// This thread's part of a product; all threads call it with the same arguments. `packed` is the strips' buffer,
+// `scratch` this thread's own, of zs_gemm_scratch floats. A pair of panels is multiplied by all rows at once.
+void zs_gemm(const Matrix *m, const Strips *s, const float *packed, const Team *team, float *scratch, Sink *sink,
              void *context);
 int64_t zs_gemm_scratch(int64_t inputs, int rows);
 
@@ -53,6 +58,6 @@ typedef struct {
 } Rows;
 
 // Packs this thread's part of the rows; all threads call it, and need a barrier behind it.
-void zs_pack(const Rows *rows, const Strips *s, int thread, int threads, float *packed);
+void zs_pack(const Rows *rows, const Strips *s, const Team *team, float *packed);
 
 float zs_inverse_rms(const float *x, int64_t n, float eps);

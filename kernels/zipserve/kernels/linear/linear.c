@@ -23,11 +23,13 @@ void zs_linear(const Linear *l) {
     const Strips strips = zs_strips(l->rows);
     const int64_t inputs = l->matrix->inputs, scratch = zs_gemm_scratch(inputs, l->rows);
     const Rows rows = {.x = l->x, .stride = inputs, .inputs = inputs};
-    int next = 0;
+    int next[l->threads];
+    memset(next, 0, sizeof next);
 #pragma omp parallel num_threads(l->threads) if (inputs * l->matrix->outputs * l->rows > WAKING_PRODUCTS)
     {
-        zs_pack(&rows, &strips, omp_get_thread_num(), omp_get_num_threads(), l->packed);
+        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next};
+        zs_pack(&rows, &strips, &team, l->packed);
 #pragma omp barrier
-        zs_gemm(l->matrix, &strips, l->packed, &next, l->scratch + omp_get_thread_num() * scratch, put, (void *)l);
+        zs_gemm(l->matrix, &strips, l->packed, &team, l->scratch + team.thread * scratch, put, (void *)l);
     }
 }
