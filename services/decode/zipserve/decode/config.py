@@ -11,8 +11,8 @@ class DecodeSettings(WorkerSettings):
 
     model_config = SettingsConfigDict(env_prefix="ZIPSERVE_DECODE_")
 
-    step_slowdown_max: float = Field(default=2.0, gt=1.0)
-    """How many times longer a step may take for the prompts that are computed here beside it. They advance by 16 tokens
+    step_slowdown_max: float = Field(default=1.5, gt=1.0)
+    """How many times longer a step may take for the prompts that are computed here beside it. They advance by 8 tokens
     all the same."""
     parked_bytes_max: int = Field(default=1 << 30, ge=0)
     """Most host memory for sequences that had to make room for older ones, in bytes; one beyond fails, and is replayed
