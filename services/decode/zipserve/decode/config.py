@@ -4,6 +4,7 @@ from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from zipserve.engine.device import WorkerSettings
+from zipserve.engine.saturation import STEP_TOKENS_DEFAULT
 
 
 class DecodeSettings(WorkerSettings):
@@ -11,6 +12,9 @@ class DecodeSettings(WorkerSettings):
 
     model_config = SettingsConfigDict(env_prefix="ZIPSERVE_DECODE_")
 
+    # Nothing measures it at start: most decode workers compute no prompts, and those that do pace them.
+    step_tokens: int = Field(default=STEP_TOKENS_DEFAULT, ge=0)
+    """Most tokens of prompts computed in one step. 0: measured at start, as on a prefill worker."""
     step_slowdown_max: float = Field(default=1.5, gt=1.0)
     """How many times longer a step may take for the prompts that are computed here beside it. They advance by 8 tokens
     all the same."""
