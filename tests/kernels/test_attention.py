@@ -1,7 +1,6 @@
 """The CPU kernel of decode attention against its reference; whatever must not be read is NaN."""
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -428,14 +427,6 @@ def test_raw_blocks_of_any_shape(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         case = replace(case, sink_logits=torch.linspace(-3, 3, kv_heads * group))
     case.check()
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    native.load.cache_clear()
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    yield
-    native.load.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")

@@ -1,7 +1,5 @@
 """The CPU kernel of prefill attention against its reference; whatever must not be read is NaN."""
 
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -387,14 +385,6 @@ def test_any_shape(data: st.DataObject) -> None:
     if data.draw(st.booleans()):
         case = replace(case, sink_logits=torch.linspace(-3, 3, len(case.query)))
     case.check()
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    native.load.cache_clear()
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    yield
-    native.load.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")

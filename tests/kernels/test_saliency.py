@@ -1,7 +1,6 @@
 """The CPU kernel of probe saliency against its reference; keys that no row sees are NaN."""
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from typing import Any
 
@@ -230,14 +229,6 @@ def test_any_shape(
 ) -> None:
     case = case_of(kv_heads, group, dim, tokens, block_tokens=block_tokens, before=before, window=window)
     replace(case, softcap=softcap).check()
-
-
-@pytest.fixture
-def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    native.load.cache_clear()
-    monkeypatch.setattr(shutil, "which", lambda _: None)
-    yield
-    native.load.cache_clear()
 
 
 @pytest.mark.usefixtures("no_compiler")
