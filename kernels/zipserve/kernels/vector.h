@@ -47,7 +47,6 @@ static inline native_f32 load_part(const float *p, int n) {
 static inline f32x16 splat(float x) { return x - (f32x16){0}; }
 static inline f32x16 load16(const float *p) { return *(const f32x16 *)p; }
 static inline void store16(float *p, f32x16 x) { *(f32x16 *)p = x; }
-static inline u32x16 load_words(const void *p) { return *(const u32x16 *)p; }
 
 // float16, by integers: compilers convert _Float16 lane by lane. 2^112 makes up for the exponents' biases.
 static inline f32x16 load_half(const void *p) {

@@ -7,9 +7,6 @@
 #if NATIVE_LANES == 16
 #define PAIR_ROWS 12
 #define SINGLE_ROWS 24
-#elif NATIVE_LANES == 8
-#define PAIR_ROWS 3
-#define SINGLE_ROWS 6
 #else
 #define PAIR_ROWS 3
 #define SINGLE_ROWS 6
@@ -97,55 +94,33 @@ ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows
             store_native(t->sums + r * PAIR + v * NATIVE_LANES, sums[r][v]);
 }
 
-#define EACH_PAIR_ROWS_3(X) X(1) X(2) X(3)
-#define EACH_SINGLE_ROWS_6(X) X(1) X(2) X(3) X(4) X(5) X(6)
-#define EACH_12(X) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12)
-#define EACH_24(X) EACH_12(X) X(13) X(14) X(15) X(16) X(17) X(18) X(19) X(20) X(21) X(22) X(23) X(24)
+#define CASE(rows, type, panels) \
+    case rows: return multiply(t, type, rows, panels);
+#define CASES_3(...) CASE(1, __VA_ARGS__) CASE(2, __VA_ARGS__) CASE(3, __VA_ARGS__)
+#define CASES_6(...) CASES_3(__VA_ARGS__) CASE(4, __VA_ARGS__) CASE(5, __VA_ARGS__) CASE(6, __VA_ARGS__)
+#define CASES_12(...)                                                                                              \
+    CASES_6(__VA_ARGS__) CASE(7, __VA_ARGS__) CASE(8, __VA_ARGS__) CASE(9, __VA_ARGS__) CASE(10, __VA_ARGS__) \
+    CASE(11, __VA_ARGS__) CASE(12, __VA_ARGS__)
+#define CASES_24(...)                                                                                                 \
+    CASES_12(__VA_ARGS__) CASE(13, __VA_ARGS__) CASE(14, __VA_ARGS__) CASE(15, __VA_ARGS__) CASE(16, __VA_ARGS__) \
+    CASE(17, __VA_ARGS__) CASE(18, __VA_ARGS__) CASE(19, __VA_ARGS__) CASE(20, __VA_ARGS__) CASE(21, __VA_ARGS__) \
+    CASE(22, __VA_ARGS__) CASE(23, __VA_ARGS__) CASE(24, __VA_ARGS__)
 #if PAIR_ROWS == 12
-#define EACH_PAIR_ROWS EACH_12
-#define EACH_SINGLE_ROWS EACH_24
+#define PAIR_CASES CASES_12
+#define SINGLE_CASES CASES_24
 #else
-#define EACH_PAIR_ROWS EACH_PAIR_ROWS_3
-#define EACH_SINGLE_ROWS EACH_SINGLE_ROWS_6
+#define PAIR_CASES CASES_3
+#define SINGLE_CASES CASES_6
 #endif
 
-// One function for each type of weights and number of panels: a case for every number of rows.
-#define MULTIPLY(name, each)                   \
-    static void name(const Tile *t, int rows) { \
-        switch (rows) { each(CASE) }            \
-    }
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_FLOAT32, n, 1);
-MULTIPLY(single_float32, EACH_SINGLE_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_FLOAT32, n, 2);
-MULTIPLY(pair_float32, EACH_PAIR_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_BFLOAT16, n, 1);
-MULTIPLY(single_bfloat16, EACH_SINGLE_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_BFLOAT16, n, 2);
-MULTIPLY(pair_bfloat16, EACH_PAIR_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_FLOAT16, n, 1);
-MULTIPLY(single_float16, EACH_SINGLE_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_FLOAT16, n, 2);
-MULTIPLY(pair_float16, EACH_PAIR_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_INT8, n, 1);
-MULTIPLY(single_int8, EACH_SINGLE_ROWS)
-#undef CASE
-#define CASE(n) \
-    case n: return multiply(t, WEIGHT_INT8, n, 2);
-MULTIPLY(pair_int8, EACH_PAIR_ROWS)
-#undef CASE
+// For each type of weights, one and two panels by every number of rows that fits the registers.
+#define MULTIPLY(name, type)                                                                         \
+    static void single_##name(const Tile *t, int rows) { switch (rows) { SINGLE_CASES(type, 1) } } \
+    static void pair_##name(const Tile *t, int rows) { switch (rows) { PAIR_CASES(type, 2) } }
+MULTIPLY(float32, WEIGHT_FLOAT32)
+MULTIPLY(bfloat16, WEIGHT_BFLOAT16)
+MULTIPLY(float16, WEIGHT_FLOAT16)
+MULTIPLY(int8, WEIGHT_INT8)
 
 typedef void Multiply(const Tile *t, int rows);
 static Multiply *const singles[] = {single_float32, single_bfloat16, single_float16, single_int8};

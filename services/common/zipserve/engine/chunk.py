@@ -6,9 +6,9 @@ import torch
 
 from zipserve.engine.attention import Scoring, Visibility
 from zipserve.engine.cache import KvCache
+from zipserve.engine.codec import decoded
 from zipserve.engine.probes import Probes
 from zipserve.engine.sequence import Sequence
-from zipserve.kernels.attention import RawFormat
 from zipserve.kernels.prefill_attention import Prefix, prefill_attention
 
 
@@ -88,13 +88,10 @@ class Chunk:
             return None
         codec, slabs, sink_slabs = self._cache.codec, self._slabs[past], self._sink_slabs[past]
         sealed = codec.sealed()
-        if sealed is not None:
-            return Prefix(sealed.form, sealed.data[:, layer], slabs, sealed.sinks[:, layer], sink_slabs)
-        keys, values = codec.read_blocks(layer, slabs, sink_slabs)
-        form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
-        data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)
-        index = torch.arange(len(slabs), device=slabs.device)
-        return Prefix(form, data, index, self._cache.arenas.sinks, sink_slabs)
+        if sealed is None:
+            sealed, layer = decoded(codec, layer, slabs, sink_slabs), 0
+            slabs = torch.arange(len(slabs), device=slabs.device)
+        return Prefix(sealed.form, sealed.data[:, layer], slabs, sealed.sinks[:, layer], sink_slabs)
 
     def _write(self, layer: int, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor | None) -> None:
         """Stores tokens from the open block's first one on: full blocks sealed, the rest in the open block."""

@@ -7,9 +7,9 @@ import torch
 
 from zipserve.engine.attention import Scoring, Visibility
 from zipserve.engine.cache import KvCache
-from zipserve.engine.codec import Sealed
+from zipserve.engine.codec import decoded
 from zipserve.engine.sequence import Sequence
-from zipserve.kernels.attention import DecodeStep, OpenBlocks, RawFormat, SealedBlocks
+from zipserve.kernels.attention import DecodeStep, OpenBlocks, SealedBlocks
 from zipserve.kernels.zipformat import probe_offsets
 
 
@@ -113,10 +113,8 @@ class DecodeRows:
         cache, plan = self._cache, self._plan(visibility)
         sealed, table, layers = cache.codec.sealed(), plan.table, slice(None)
         if sealed is None:
-            keys, values = cache.codec.read_blocks(layer, plan.slabs, plan.sink_slabs)
-            form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
-            data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)
-            sealed, table, layers = Sealed(form, data[:, None], data.new_empty(0, 1, 0)), plan.index, slice(layer, None)
+            sealed = decoded(cache.codec, layer, plan.slabs, plan.sink_slabs)
+            table, layers = plan.index, slice(layer, None)
         blocks = SealedBlocks(sealed.form, sealed.data, table, plan.counts, plan.starts, sealed.sinks, self._row_sinks)
         opened = OpenBlocks(cache.open_keys[layers], cache.open_values[layers], self._open_slots, self._open_counts)
         step = DecodeStep(blocks, opened, plan.first)

@@ -6,13 +6,13 @@
 
 from zipserve.common.kv.layout import Layout
 from zipserve.engine.codec.arenas import TORCH_DTYPES, Arenas
-from zipserve.engine.codec.interface import REFUSALS, Codec, Sealed
+from zipserve.engine.codec.interface import REFUSALS, Codec, Sealed, decoded
 from zipserve.engine.codec.raw import RawCodec
 from zipserve.engine.codec.uniform import Int4Codec, Int8Codec
 from zipserve.engine.codec.zip import ZipCodec
 from zipserve.engine.codec.zipcache import ZipCacheCodec
 
-__all__ = ["REFUSALS", "TORCH_DTYPES", "Arenas", "Codec", "Sealed", "codec_for"]
+__all__ = ["REFUSALS", "TORCH_DTYPES", "Arenas", "Codec", "Sealed", "codec_for", "decoded"]
 
 _CODECS: dict[str, type[Codec]] = {
     "raw": RawCodec,

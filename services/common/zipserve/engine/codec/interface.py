@@ -67,3 +67,11 @@ class Codec(Protocol):
 
     def sealed(self) -> Sealed | None:
         """What attention reads without decoding; None where blocks must be decoded first."""
+
+
+def decoded(codec: Codec, layer: int, slabs: torch.Tensor, sink_slabs: torch.Tensor) -> Sealed:
+    """One layer of some blocks as raw ones, in the order of `slabs`: for attention that cannot read a codec's own."""
+    keys, values = codec.read_blocks(layer, slabs, sink_slabs)
+    form = RawFormat(keys.shape[1], keys.shape[3], values.shape[3], keys.shape[2], keys.dtype)
+    data = torch.cat((keys.flatten(2), values.flatten(2)), 2).flatten(1).view(torch.uint8)
+    return Sealed(form, data[:, None], data.new_empty(0, 1, 0))

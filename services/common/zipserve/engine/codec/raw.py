@@ -19,7 +19,8 @@ class RawCodec:
         self._form = RawFormat(
             layout.kv_heads, layout.key_dim, layout.value_dim, layout.block_tokens, TORCH_DTYPES[layout.dtype]
         )
-        self._sinks = arenas.sinks.new_empty(0, layout.layers, 0)
+        octets = self._heads.flatten(2).view(torch.uint8)
+        self._sealed = Sealed(self._form, octets, octets.new_empty(0, layout.layers, 0))
 
     def write_blocks(
         self,
@@ -36,7 +37,7 @@ class RawCodec:
     def read_blocks(
         self, layer: int, slabs: torch.Tensor, sink_slabs: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._form.decode(self._heads[:, layer].flatten(1).view(torch.uint8), slabs)
+        return self._form.decode(self._sealed.data[:, layer], slabs)
 
     def sealed(self) -> Sealed | None:
-        return Sealed(self._form, self._heads.flatten(2).view(torch.uint8), self._sinks)
+        return self._sealed

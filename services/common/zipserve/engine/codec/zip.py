@@ -20,6 +20,7 @@ class ZipCodec:
         self.needs_scores = layout.needs_scores
         self._blocks = views(layout, SlabKind.BLOCK, layout.block_tokens, arenas.blocks)["layer"]
         self._sinks = views(layout, SlabKind.SINKS, SINK_TOKENS, arenas.sinks)["layer"]
+        self._sealed = Sealed(self._form, self._blocks, self._sinks)
         self._dtype = TORCH_DTYPES[layout.dtype]
 
     def write_blocks(
@@ -43,4 +44,4 @@ class ZipCodec:
         return keys.to(self._dtype), values.to(self._dtype)
 
     def sealed(self) -> Sealed | None:
-        return Sealed(self._form, self._blocks, self._sinks)
+        return self._sealed
