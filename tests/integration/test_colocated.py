@@ -26,19 +26,20 @@ async def test_prompts_are_computed_and_replayed_by_decode_workers(
         Processes(redis_url, tiny_model, tmp_path, cluster=cluster, overrides=overrides) as stack,
         ChannelPool(4 << 20) as channels,
     ):
-        await stack.start("decode-0", "decode-1", "router")
+        await stack.start("decode-0", "decode-1")
+        await stack.start("router")  # after them: its first look at the registry shows both, and each gets streams
         stub = InferenceServiceStub(channels.get(stack.router))
-        tokens = 0
-
-        def count(_: int) -> None:
-            nonlocal tokens
-            tokens += 1
+        tokens = [0] * len(LENGTHS)
 
         async def ask(index: int) -> Streamed:
+            def count(so_far: int) -> None:
+                tokens[index] = so_far
+
             return await collect(stub, request(prompt(index), TOKENS), on_tokens=count)
 
         streams = asyncio.gather(*(ask(index) for index in range(len(LENGTHS))))
-        await until(lambda: tokens > 50, "the streams are under way", timeout_s=60)
+        await until(lambda: sum(tokens) > 50, "the streams are under way", timeout_s=60)
+        assert max(tokens) < TOKENS, "none has ended yet"
         stack.kill("decode-1")
         answers = await streams
     assert sum(answer.finished.usage.replays for answer in answers) > 0

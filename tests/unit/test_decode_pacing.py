@@ -86,6 +86,6 @@ def test_any_measurements(notes: list[tuple[int, int, float]], rows: int) -> Non
     pacing = Pacing(100, 2.0)
     for note in notes:
         pacing.note(*note)
-    assert pacing.chunk_tokens(rows) in {0, 100, *range(16, 97, 16)}
+    assert pacing.chunk_tokens(rows) in {0, 100, *range(CHUNK_TOKENS_MIN, 97, CHUNK_TOKENS_MIN)}
     pacing.note(rows, 0, 0.01)
     assert pacing.chunk_tokens(rows) >= CHUNK_TOKENS_MIN

@@ -14,7 +14,8 @@
 #define VECTORS (PANEL / NATIVE_LANES)  // of a panel
 #define DEPTH 1024                      // inputs of a pair that stay in the second-level cache
 #define PACK_INPUTS 64                  // of a strip that are packed together: they stay in the first-level cache
-#define AHEAD 2048                      // bytes that are prefetched of the stream of weights
+#define AHEAD 4096                      // bytes that are prefetched of the stream of weights
+#define DIRECT_STRIPS 3                 // as many read weights as they are stored; more, what was widened once
 #define UNROLL24 _Pragma("GCC unroll 24")
 
 typedef uint16_t native_u16 __attribute__((vector_size(2 * NATIVE_LANES), aligned(2)));
@@ -46,13 +47,23 @@ ALWAYS_INLINE native_f32 int8_native(const int8_t *p) {
     return __builtin_convertvector(wide, native_f32);
 }
 
+ALWAYS_INLINE native_f32 bfloat_native(const uint16_t *p) {
+#if NATIVE_LANES == 16
+    const native_u32 wide = (native_u32)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    const native_u32 wide = (native_u32)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    const native_u32 wide = __builtin_convertvector(*(const native_u16 *)p, native_u32);
+#endif
+    return (native_f32)(wide << 16);
+}
+
 // NATIVE_LANES weights from element `at` on.
 ALWAYS_INLINE native_f32 weights_at(const void *weights, int64_t at, const WeightType type) {
     if (type == WEIGHT_FLOAT32) return load_native((const float *)weights + at);
     if (type == WEIGHT_FLOAT16) return half_native((const uint16_t *)weights + at);
     if (type == WEIGHT_INT8) return int8_native((const int8_t *)weights + at);
-    const native_u16 upper = *(const native_u16 *)((const uint16_t *)weights + at);
-    return (native_f32)(__builtin_convertvector(upper, native_u32) << 16);
+    return bfloat_native((const uint16_t *)weights + at);
 }
 
 // One tile: sums[row][panel * PANEL ..] (+)= strip [depth][rows] times `panels` panels, which lie panel_bytes apart.
@@ -61,6 +72,8 @@ typedef struct {
     const char *weights;
     int64_t depth, panel_bytes;
     float *sums;
+    const char *ahead;    // where to prefetch from
+    int64_t ahead_bytes;  // by how much it goes on with each input
     int adds;
 } Tile;
 
@@ -73,11 +86,12 @@ ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows
         UNROLL for (int v = 0; v < panels * VECTORS; v++)
             sums[r][v] = t->adds ? load_native(t->sums + r * PAIR + v * NATIVE_LANES) : (native_f32){0};
     // Behind its last input a panel of a pair goes on with that of the next pair.
-    const char *ahead = w + AHEAD;
+    const char *ahead = t->ahead;
     const int64_t turn = t->depth - AHEAD / bytes, jump = (panels - 1) * t->panel_bytes;
+    const int64_t ahead_bytes = t->ahead_bytes;
     for (int64_t i = 0; i < t->depth; i++) {
         native_f32 weight[2 * VECTORS];
-        if (i == turn) ahead += jump;
+        if (panels > 1 && i == turn) ahead += jump;
         UNROLL for (int p = 0; p < panels; p++) {
             __builtin_prefetch(ahead + p * t->panel_bytes);
             UNROLL for (int v = 0; v < VECTORS; v++)
@@ -87,7 +101,7 @@ ALWAYS_INLINE void multiply(const Tile *t, const WeightType type, const int rows
             UNROLL for (int v = 0; v < panels * VECTORS; v++) sums[r][v] += x[r] * weight[v];
         x += rows;
         w += bytes;
-        ahead += bytes;
+        ahead += ahead_bytes;
     }
     UNROLL24 for (int r = 0; r < rows; r++)
         UNROLL for (int v = 0; v < panels * VECTORS; v++)
@@ -158,35 +172,33 @@ static void finish(const Matrix *m, float *sums, int rows, int column) {
         }
 }
 
+// Several strips read a pair of panels several times, from the cache. Meanwhile, evenly, the next pair comes from memory.
 static void multiply_rows(const Matrix *m, const Strips *s, const float *packed, const char *pair, float *sums,
                           float *wide) {
-    const int bytes = PANEL * type_bytes[m->type];
+    const int bytes = PANEL * type_bytes[m->type], is_streamed = s->strips == 1;
     const int64_t panel_bytes = m->inputs * bytes;
-    const int64_t most = s->strips == 1 ? m->inputs : DEPTH;
-    const int is_direct = m->type == WEIGHT_FLOAT32 || s->strips == 1;
+    const int64_t most = is_streamed ? m->inputs : DEPTH;
+    const int is_direct = m->type == WEIGHT_FLOAT32 || s->strips <= DIRECT_STRIPS;
+    const char *next = pair + 2 * panel_bytes;
     for (int64_t from = 0; from < m->inputs; from += most) {
         const int64_t depth = from + most < m->inputs ? most : m->inputs - from;
         Tile tile = {.weights = pair + from * bytes, .depth = depth, .panel_bytes = panel_bytes, .adds = from > 0};
+        tile.ahead_bytes = is_streamed ? bytes : (bytes + s->strips - 1) / s->strips;
         if (!is_direct) {
             widen(tile.weights, panel_bytes, depth, m->type, wide);
             tile.weights = (const char *)wide;
             tile.panel_bytes = depth * PANEL * sizeof(float);
         }
-        for (int strip = 0; strip < s->strips; strip++) {
-            const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
-            tile.strip = packed + begin * m->inputs + from * rows;
-            tile.sums = sums + begin * PAIR;
-            const WeightType type = is_direct ? m->type : WEIGHT_FLOAT32;
-            if (s->is_paired) {
-                doubles[type](&tile, rows);
-                continue;
+        const WeightType type = is_direct ? m->type : WEIGHT_FLOAT32;
+        for (int p = 0; p < (s->is_paired ? 1 : 2); p++, tile.weights += tile.panel_bytes)
+            for (int strip = 0; strip < s->strips; strip++) {
+                const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
+                tile.strip = packed + begin * m->inputs + from * rows;
+                tile.sums = sums + begin * PAIR + p * PANEL;
+                tile.ahead = is_streamed ? tile.weights + AHEAD : next;
+                next += depth * tile.ahead_bytes;
+                (s->is_paired ? doubles : singles)[type](&tile, rows);
             }
-            Tile second = tile;
-            second.weights += tile.panel_bytes;
-            second.sums += PANEL;
-            singles[type](&tile, rows);
-            singles[type](&second, rows);
-        }
     }
 }
 
