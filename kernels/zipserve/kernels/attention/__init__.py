@@ -175,19 +175,43 @@ class DecodeStep:
         Args:
             weights: where to write the softmax weights of the open block, float32 [rows, block_tokens].
         """
+        call = self.call(query)
+        if call is None:
+            output, found = decode_attention(
+                query, *self._of(layer), self._first, scale=scale, softcap=softcap, sink_logits=sink_logits,
+                with_weights=weights is not None, fresh=fresh,
+            )  # fmt: skip
+            if weights is not None and found is not None:
+                weights.copy_(found)
+            return output
+        call.move(*self.addresses(layer))
+        return call.run(query, fresh, scale=scale, softcap=softcap, sink_logits=sink_logits, weights=weights)
+
+    def heads(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views of rows of query heads, key heads and value heads: [rows, heads, dim] each.
+
+        Raises:
+            ValueError: that is not what such rows hold.
+        """
+        form, columns = self._sealed.form, rows.shape[1]
+        of_values = form.kv_heads * form.value_dim
+        if columns <= of_values or (columns - of_values) % form.key_dim:
+            raise ValueError(f"rows of {columns} numbers do not hold heads of {form}")
+        keys_and_queries = torch.unflatten(rows[:, :-of_values], 1, (-1, form.key_dim))
+        values = torch.unflatten(rows[:, -of_values:], 1, (form.kv_heads, form.value_dim))
+        return keys_and_queries[:, : -form.kv_heads], keys_and_queries[:, -form.kv_heads :], values
+
+    def call(self, query: torch.Tensor) -> Call | None:
+        """What the C kernel is called with, for queries of this shape; None where it cannot do this."""
         if self._call is None:
-            sealed, open_blocks = self._of(layer)
-            if not runs_on_cpu(query, sealed, open_blocks):
-                output, found = decode_attention(
-                    query, sealed, open_blocks, self._first, scale=scale, softcap=softcap, sink_logits=sink_logits,
-                    with_weights=weights is not None, fresh=fresh,
-                )  # fmt: skip
-                if weights is not None and found is not None:
-                    weights.copy_(found)
-                return output
-            self._call = Call(query, sealed, open_blocks, self._first)
-        self._call.move(*(address + layer * stride for address, stride in self._addresses))
-        return self._call.run(query, fresh, scale=scale, softcap=softcap, sink_logits=sink_logits, weights=weights)
+            sealed, open_blocks = self._of(0)
+            if runs_on_cpu(query, sealed, open_blocks):
+                self._call = Call(query, sealed, open_blocks, self._first)
+        return self._call
+
+    def addresses(self, layer: int) -> tuple[int, ...]:
+        """Of a layer's sealed blocks, sinks, open keys and open values."""
+        return tuple(address + layer * stride for address, stride in self._addresses)
 
     def _of(self, layer: int) -> tuple[SealedBlocks, OpenBlocks]:
         sealed, open_blocks = self._sealed, self._open

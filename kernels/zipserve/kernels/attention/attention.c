@@ -15,7 +15,7 @@ typedef struct {
     int32_t row, begin, end;
 } Item;
 
-typedef struct {
+struct AttentionPlan {
     const Attention *a;
     int key_stride, value_stride, slots;  // floats of a query and of a sum; slots of a block, padded
     int tiles;                            // of a KV head
@@ -30,7 +30,9 @@ typedef struct {
     float *open_shares;        // [rows, heads]: what makes them parts of the whole
     float *scratch;            // [threads, scratch_size]
     int64_t scratch_size;
-} Plan;
+    void *memory;  // all of these
+};
+typedef AttentionPlan Plan;
 
 static int is_open(const Item *item) { return item->begin == item->end; }
 
@@ -57,7 +59,6 @@ static void list_items(const Plan *plan) {
         *item++ = (Item){row, 0, 0};
         for (int block = hidden_blocks(a, row); block < a->counts[row]; block += span)
             *item++ = (Item){row, block, MIN(block + span, a->counts[row])};
-        plan->left[row] = (item - plan->items - plan->row_items[row]) * plan->shares;
     }
     plan->row_items[a->rows] = item - plan->items;
 }
@@ -82,7 +83,7 @@ static int64_t lay_out(Plan *plan, char *memory, int64_t items) {
     plan->maxima = carve(&size, memory, items * heads * number);
     plan->totals = carve(&size, memory, items * heads * number);
     plan->sums = carve(&size, memory, items * heads * plan->value_stride * number);
-    plan->open_weights = carve(&size, memory, a->weights ? queries * plan->slots * number : 0);
+    plan->open_weights = carve(&size, memory, queries * plan->slots * number);
     plan->open_shares = carve(&size, memory, queries * number);
     plan->scratch_size = TILE_HEADS * (plan->slots + plan->key_stride) + (int64_t)block_tokens * wide;
     plan->scratch = carve(&size, memory, a->threads * plan->scratch_size * number);
@@ -230,8 +231,7 @@ static void work(const Plan *plan, int64_t index, float *scratch) {
 
 static int outside(int64_t index, int64_t lowest, int64_t highest) { return index < lowest || index > highest; }
 
-// The first row that refers to what does not exist, or sees nothing; or -1.
-static int wrong_row(const Attention *a) {
+int zs_wrong_row(const Attention *a) {
     const int size = a->form->block_tokens;
     for (int row = 0; row < a->rows; row++) {
         const int count = a->counts[row], start = a->starts[row];
@@ -246,10 +246,7 @@ static int wrong_row(const Attention *a) {
     return -1;
 }
 
-// Returns -1; or the first row that refers to what does not exist; or -2 where there is no memory.
-int zs_attention(const Attention *a) {
-    const int wrong = wrong_row(a);
-    if (wrong >= 0) return wrong;
+AttentionPlan *zs_attention_plan(const Attention *a) {
     const int group = a->heads / a->form->kv_heads;
     Plan plan = {
         .a = a,
@@ -259,21 +256,48 @@ int zs_attention(const Attention *a) {
         .tiles = (group + TILE_HEADS - 1) / TILE_HEADS,
     };
     plan.shares = (plan.tiles * a->form->kv_heads + SHARE_TILES - 1) / SHARE_TILES;
-    const int64_t items = count_items(a), queries = (int64_t)a->rows * a->heads;
-    char *memory = aligned_alloc(64, lay_out(&plan, NULL, items));
-    if (!memory) return -2;
-    lay_out(&plan, memory, items);
-    list_items(&plan);
-#pragma omp parallel num_threads(a->threads) if (products(a) > WAKING_PRODUCTS)
-    {
-        float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
-#pragma omp for schedule(static) nowait
-        for (int row = 0; row < (a->fresh_keys ? a->rows : 0); row++) append(a, row);
-#pragma omp for schedule(static)
-        for (int64_t index = 0; index < queries; index++) prepare_query(&plan, index);
-#pragma omp for schedule(dynamic) nowait
-        for (int64_t index = 0; index < items * plan.shares; index++) work(&plan, index, scratch);
+    const int64_t items = count_items(a);
+    Plan *kept = malloc(sizeof plan);
+    plan.memory = aligned_alloc(64, lay_out(&plan, NULL, items));
+    if (!kept || !plan.memory) {
+        free(plan.memory);
+        free(kept);
+        return NULL;
     }
-    free(memory);
+    lay_out(&plan, plan.memory, items);
+    list_items(&plan);
+    *kept = plan;
+    return kept;
+}
+
+void zs_attention_free(AttentionPlan *plan) {
+    if (plan) free(plan->memory);
+    free(plan);
+}
+
+void zs_attend(const AttentionPlan *common, const Attention *a) {
+    Plan plan = *common;
+    plan.a = a;
+    const int64_t queries = (int64_t)a->rows * a->heads, items = plan.row_items[a->rows];
+    float *scratch = plan.scratch + omp_get_thread_num() * plan.scratch_size;
+#pragma omp for schedule(static) nowait
+    for (int row = 0; row < a->rows; row++) {
+        plan.left[row] = (plan.row_items[row + 1] - plan.row_items[row]) * plan.shares;
+        if (a->fresh_keys) append(a, row);
+    }
+#pragma omp for schedule(static)
+    for (int64_t index = 0; index < queries; index++) prepare_query(&plan, index);
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t index = 0; index < items * plan.shares; index++) work(&plan, index, scratch);
+}
+
+int zs_attention(const Attention *a) {
+    const int wrong = zs_wrong_row(a);
+    if (wrong >= 0) return wrong;
+    AttentionPlan *plan = zs_attention_plan(a);
+    if (!plan) return -2;
+#pragma omp parallel num_threads(a->threads) if (products(a) > WAKING_PRODUCTS)
+    zs_attend(plan, a);
+    zs_attention_free(plan);
     return -1;
 }

@@ -37,6 +37,16 @@ typedef struct {
     float scale, softcap;  // softcap 0: none
 } Attention;
 
+// Returns -1; or the first row that refers to what does not exist, or sees nothing; or -2 where there is no memory.
+int zs_attention(const Attention *a);
+
+// The parts of it, for the layers of a step: a plan serves all that have the same rows and see the same positions.
+typedef struct AttentionPlan AttentionPlan;
+int zs_wrong_row(const Attention *a);                     // or -1
+AttentionPlan *zs_attention_plan(const Attention *a);     // NULL where there is no memory
+void zs_attend(const AttentionPlan *plan, const Attention *a);  // by all threads of a region; a barrier must follow
+void zs_attention_free(AttentionPlan *plan);
+
 // One item's work on a tile of query heads, which share a KV head.
 typedef struct {
     int row, kv_head, heads;

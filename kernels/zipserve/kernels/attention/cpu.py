@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 _NO_MEMORY = -2
 
 
-class _Attention(ctypes.Structure):
+class Arguments(ctypes.Structure):
+    """struct Attention of attention.h"""
+
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("form", "query", "fresh_keys", "fresh_values")),
         *((name, ctypes.c_void_p) for name in ("sealed", "table", "counts", "starts")),
@@ -81,7 +83,7 @@ class Call:
         self._kept = [_int32(index) for index in (*of_rows, first)]  # alive as long as C may read them
         table, counts, starts, sink_slabs, slots, open_counts, first = self._kept
         size = keys.element_size()
-        self._arguments = _Attention(
+        self.arguments = Arguments(
             form=ctypes.addressof(format_of(form)),
             sealed=sealed.data.data_ptr(),
             table=table.data_ptr(),
@@ -111,7 +113,7 @@ class Call:
 
     def move(self, sealed: int, sinks: int, open_keys: int, open_values: int) -> None:
         """Goes on to other blocks of the same shapes and strides, at these addresses: those of the next layer."""
-        arguments = self._arguments
+        arguments = self.arguments
         arguments.sealed, arguments.sinks = sealed, sinks
         arguments.open_keys, arguments.open_values = open_keys, open_values
 
@@ -132,8 +134,9 @@ class Call:
         """
         library = native.load()
         assert library is not None
-        arguments = self._arguments
-        self._check(query, fresh, sink_logits, weights)
+        arguments = self.arguments
+        self.check_heads(query, fresh)
+        self.check(sink_logits, weights)
         query = _rows(query)
         arguments.query, arguments.query_strides = query.data_ptr(), query.stride()[:2]
         if fresh is not None:
@@ -146,28 +149,38 @@ class Call:
         arguments.scale, arguments.softcap = scale, softcap or 0.0
         output = torch.empty(self._rows, self._heads, self._form.value_dim)
         arguments.output, arguments.weights = output.data_ptr(), None if weights is None else weights.data_ptr()
-        wrong = library.zs_attention(ctypes.byref(arguments))
-        if wrong == _NO_MEMORY:
-            raise MemoryError(f"attention of {self._rows} rows")
-        if wrong >= 0:
-            raise IndexError(f"row {wrong} refers to a slab or slot that does not exist, or sees no key")
+        raise_wrong(library.zs_attention(ctypes.byref(arguments)), self._rows)
         return output
 
-    def _check(
-        self,
-        query: torch.Tensor,
-        fresh: tuple[torch.Tensor, torch.Tensor] | None,
-        sink_logits: torch.Tensor | None,
-        weights: torch.Tensor | None,
-    ) -> None:
+    def check_heads(self, query: torch.Tensor, fresh: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """What the kernel takes for granted: shapes as the constructor's query and blocks have them.
+
+        Raises:
+            ValueError: they are not.
+        """
         if fresh is not None and (fresh[0].shape, fresh[1].shape) != self._fresh_shapes:
             raise ValueError(f"fresh keys and values must be {self._fresh_shapes}, not {[x.shape for x in fresh]}")
         if query.shape != self._query_shape:
             raise ValueError(f"query must be {self._query_shape}, not {query.shape}")
+
+    def check(self, sink_logits: torch.Tensor | None, weights: torch.Tensor | None) -> None:
+        """Likewise."""
         if sink_logits is not None and sink_logits.shape != (self._heads,):
             raise ValueError(f"sink_logits must be [{self._heads}], not {[*sink_logits.shape]}")
         if weights is not None and weights.shape != (self._rows, self._form.block_tokens):
             raise ValueError(f"weights must be {[self._rows, self._form.block_tokens]}, not {[*weights.shape]}")
+
+
+def raise_wrong(found: int, rows: int) -> None:
+    """Turns what zs_attention returns into an exception; -1 is fine.
+
+    Raises:
+        IndexError, MemoryError: see zipserve.kernels.attention.decode_attention.
+    """
+    if found == _NO_MEMORY:
+        raise MemoryError(f"attention of {rows} rows")
+    if found >= 0:
+        raise IndexError(f"row {found} refers to a slab or slot that does not exist, or sees no key")
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,20 @@
-// The parts of a decoder layer around its attention: norms, products, rotary embedding, gated activation.
+// Decoder layers: norms, products, rotary embedding, gated activation; and attention, where all rows are new tokens of
+// as many sequences.
 //
 // A program is a list of operations over buffers of rows; one parallel region runs all of it, with a barrier behind
-// every operation. cpu.py mirrors the structures.
+// every operation. program.py mirrors the structures.
 #include <omp.h>
 
+#include "attention/attention.h"
 #include "linear/gemm.h"
 
-typedef enum { OP_LINEAR, OP_HEADS, OP_NORM_ADD } Kind;
+typedef enum { OP_LINEAR, OP_HEADS, OP_NORM_ADD, OP_ATTEND } Kind;
 typedef enum { STORE, ADD, GLU_SILU, GLU_GELU_TANH } Epilogue;
 
 typedef struct {
     int32_t kind, source, target;  // buffers
     int32_t epilogue;              // of OP_LINEAR
-    int32_t rope;                  // of OP_HEADS: which table, or -1
+    int32_t index;                 // of OP_HEADS: which rotary table, or -1; of OP_ATTEND: which layer
     int32_t query_heads, key_heads, dim;
     float eps;
     const Matrix *matrix;  // of OP_LINEAR
@@ -30,14 +32,25 @@ typedef struct {
     int64_t dim;
 } Rope;
 
+// Attention of one layer: what it shares with all layers that see the same positions, and what is its own.
+typedef struct {
+    const Attention *step;  // without queries, fresh keys and values, output, and what follows here
+    const uint8_t *sealed, *sinks, *open_keys, *open_values;
+    const float *sink_logits;
+    float *weights;
+    float scale, softcap;
+} LayerAttention;
+
 typedef struct {
     const Op *ops;
     const Buffer *buffers;
     const Rope *ropes;
+    const LayerAttention *layers;
+    const Attention *const *steps;  // every one of the layers' once
     float *packed;   // [rows][most inputs]
     float *scratch;  // [threads][scratch_stride]
     int64_t scratch_stride;
-    int32_t count, rows, threads, pad;
+    int32_t count, rows, threads, step_count;
 } Program;
 
 // ---- rows
@@ -62,8 +75,8 @@ static void prepare_heads(const Program *p, const Op *op, int row) {
     for (int h = 0; h < op->query_heads + op->key_heads; h++, head += op->dim) {
         const float *norm = h < op->query_heads ? op->norm : op->key_norm;
         if (norm) normalize(head, norm, op->dim, op->eps, head);
-        if (op->rope >= 0) {
-            const Rope *rope = p->ropes + op->rope;
+        if (op->index >= 0) {
+            const Rope *rope = p->ropes + op->index;
             rotate(head, rope->cos + row * rope->dim, rope->sin + row * rope->dim, rope->dim);
         }
     }
@@ -107,6 +120,34 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
     }
 }
 
+// ---- attention
+
+// The source's rows hold query heads, key heads and value heads.
+static void attend(const Program *p, const Op *op, AttentionPlan *const *plans) {
+    const Buffer *source = p->buffers + op->source;
+    const LayerAttention *layer = p->layers + op->index;
+    Attention a = *layer->step;
+    int step = 0;
+    while (p->steps[step] != layer->step) step++;
+    const int64_t key_dim = a.form->key_dim, value_dim = a.form->value_dim;
+    a.query = source->data;
+    a.fresh_keys = a.query + a.heads * key_dim;
+    a.fresh_values = a.fresh_keys + a.form->kv_heads * key_dim;
+    a.query_strides[0] = a.fresh_key_strides[0] = a.fresh_value_strides[0] = source->stride;
+    a.query_strides[1] = a.fresh_key_strides[1] = key_dim;
+    a.fresh_value_strides[1] = value_dim;
+    a.sealed = layer->sealed;
+    a.sinks = layer->sinks;
+    a.open_keys = layer->open_keys;
+    a.open_values = layer->open_values;
+    a.sink_logits = layer->sink_logits;
+    a.weights = layer->weights;
+    a.scale = layer->scale;
+    a.softcap = layer->softcap;
+    a.output = p->buffers[op->target].data;
+    zs_attend(plans[step], &a);
+}
+
 // ---- the program
 
 static void multiply(const Program *p, const Op *op, const Strips *strips, const Team *team) {
@@ -118,8 +159,9 @@ static void multiply(const Program *p, const Op *op, const Strips *strips, const
     zs_gemm(op->matrix, strips, p->packed, team, p->scratch + team->thread * p->scratch_stride, put, &output);
 }
 
-static void run(const Program *p, const Op *op, const Strips *strips, const Team *team) {
+static void run(const Program *p, const Op *op, const Strips *strips, const Team *team, AttentionPlan *const *plans) {
     if (op->kind == OP_LINEAR) return multiply(p, op, strips, team);
+    if (op->kind == OP_ATTEND) return attend(p, op, plans);
 #pragma omp for nowait
     for (int row = 0; row < p->rows; row++) {
         if (op->kind == OP_HEADS) prepare_heads(p, op, row);
@@ -127,7 +169,7 @@ static void run(const Program *p, const Op *op, const Strips *strips, const Team
     }
 }
 
-void zs_decoder(const Program *p) {
+static void run_all(const Program *p, AttentionPlan *const *plans) {
     int64_t products = 0;
     for (int i = 0; i < p->count; i++)
         if (p->ops[i].matrix) products += p->ops[i].matrix->inputs * p->ops[i].matrix->outputs * p->rows;
@@ -137,9 +179,23 @@ void zs_decoder(const Program *p) {
 #pragma omp parallel num_threads(p->threads) if (products > WAKING_PRODUCTS)
     for (int i = 0; i < p->count; i++) {
         const Team team = {omp_get_thread_num(), omp_get_num_threads(), next + i * p->threads};
-        run(p, p->ops + i, &strips, &team);
+        run(p, p->ops + i, &strips, &team, plans);
 #pragma omp barrier
     }
+}
+
+// Returns -1; or the first row whose attention refers to what does not exist; or -2 where there is no memory.
+int zs_decoder(const Program *p) {
+    AttentionPlan *plans[p->step_count + 1];
+    int wrong = -1, planned = 0;
+    for (; wrong == -1 && planned < p->step_count; planned++) {
+        wrong = zs_wrong_row(p->steps[planned]);
+        plans[planned] = wrong == -1 ? zs_attention_plan(p->steps[planned]) : NULL;
+        if (wrong == -1 && !plans[planned]) wrong = -2;
+    }
+    if (wrong == -1) run_all(p, plans);
+    while (planned--) zs_attention_free(plans[planned]);
+    return wrong;
 }
 
 // Floats of a thread's scratch for products of so many inputs.

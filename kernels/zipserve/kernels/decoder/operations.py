@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import torch
 
+from zipserve.kernels.attention import DecodeStep
 from zipserve.kernels.linear import PackedMatrix
 
 
@@ -67,4 +68,30 @@ class NormAdd:
     eps: float
 
 
-Operation: TypeAlias = Linear | Heads | NormAdd
+@dataclass(frozen=True, eq=False)
+class Attend:
+    """target = attention of the source's rows, each of them the newest token of a sequence of its own."""
+
+    source: str
+    """Its rows hold query heads, key heads and value heads, one after another."""
+    target: str
+    """[rows, query heads x value_dim]"""
+    layer: int
+    """Which of the workspace's attentions."""
+
+
+Operation: TypeAlias = Linear | Heads | NormAdd | Attend
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """How the rows of a step attend in one layer; see zipserve.kernels.attention.DecodeStep.attend."""
+
+    step: DecodeStep
+    """Layers that see the same positions have it in common."""
+    layer: int
+    """Its number in the step's blocks."""
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
+    weights: torch.Tensor | None = None

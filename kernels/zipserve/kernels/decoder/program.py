@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from zipserve.kernels import native
-from zipserve.kernels.decoder.operations import Activation, Heads, Linear, Operation
+from zipserve.kernels.attention import DecodeStep
+from zipserve.kernels.attention.cpu import Call, raise_wrong
+from zipserve.kernels.decoder.operations import Activation, Attend, Heads, LayerAttention, Linear, Operation
 from zipserve.kernels.decoder.reference import run_reference
 from zipserve.kernels.linear.cpu import structure_of
 
@@ -16,7 +18,7 @@ _GATED = {Activation.SILU: 2, Activation.GELU_TANH: 3}
 
 class _Op(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("kind", "source", "target", "epilogue", "rope")),
+        *((name, ctypes.c_int32) for name in ("kind", "source", "target", "epilogue", "index")),
         *((name, ctypes.c_int32) for name in ("query_heads", "key_heads", "dim")),
         ("eps", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("matrix", "norm", "key_norm")),
@@ -31,11 +33,19 @@ class _Rope(ctypes.Structure):
     _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("dim", ctypes.c_int64))
 
 
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("step", "sealed", "sinks", "open_keys", "open_values")),
+        *((name, ctypes.c_void_p) for name in ("sink_logits", "weights")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
+    )
+
+
 class _Program(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("ops", "buffers", "ropes", "packed", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("ops", "buffers", "ropes", "layers", "steps", "packed", "scratch")),
         ("scratch_stride", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("count", "rows", "threads", "pad")),
+        *((name, ctypes.c_int32) for name in ("count", "rows", "threads", "step_count")),
     )
 
 
@@ -47,14 +57,22 @@ class Workspace:
         buffers: Mapping[str, torch.Tensor],
         ropes: Sequence[tuple[torch.Tensor, torch.Tensor]],
         inputs_max: int,
+        attentions: Sequence[LayerAttention] = (),
+        attends: tuple[str, str] = ("", ""),
     ) -> None:
         """
         Args:
             buffers: float32 [rows, columns] each, contiguous rows; their order is that of the programs' names.
             ropes: cosines and sines, float32 [rows, width] each, contiguous.
             inputs_max: most inputs of any matrix of the programs.
+            attentions: of each layer, for programs that attend.
+            attends: the buffer with their queries, keys and values, and the one for what they find.
+
+        Raises:
+            ValueError: a buffer does not hold what the attentions need.
         """
-        self.buffers, self.ropes = dict(buffers), list(ropes)
+        self.buffers, self.ropes, self.attentions = dict(buffers), list(ropes), list(attentions)
+        self._kept: list[object] = []
         library = native.load()
         if library is None:
             return
@@ -65,10 +83,40 @@ class Workspace:
         self._ropes = (_Rope * len(ropes))(*(_Rope(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in ropes))
         packed = self._memory.data_ptr()
         scratch = packed + 4 * rows * inputs_max
+        steps, layers = self._lay_out(*attends)
         self.structure = _Program(
-            *(0, ctypes.addressof(self._buffers), ctypes.addressof(self._ropes), packed, scratch, stride),
-            *(0, rows, threads, 0),
+            *(0, ctypes.addressof(self._buffers), ctypes.addressof(self._ropes)),
+            *(ctypes.addressof(layers), ctypes.addressof(steps), packed, scratch, stride),
+            *(0, rows, threads, len(steps)),
         )
+        self._kept += steps, layers
+
+    def _lay_out(self, heads: str, attended: str) -> tuple["ctypes.Array[ctypes.c_void_p]", "ctypes.Array[_Layer]"]:
+        """The attentions as C takes them: every step once, and the layers."""
+        calls: dict[DecodeStep, Call] = {}
+        layers = []
+        for how in self.attentions:
+            call = calls.get(how.step)
+            if call is None:
+                call = calls[how.step] = self._call(how.step, self.buffers[heads], self.buffers[attended])
+            sink_logits = None if how.sink_logits is None else how.sink_logits.float().contiguous()
+            call.check(sink_logits, how.weights)
+            self._kept.append(sink_logits)
+            numbers = (_pointer(sink_logits), _pointer(how.weights), how.scale, how.softcap or 0.0)
+            layers.append(_Layer(ctypes.addressof(call.arguments), *how.step.addresses(how.layer), *numbers))
+        steps = [ctypes.addressof(call.arguments) for call in calls.values()]
+        return (ctypes.c_void_p * len(steps))(*steps), (_Layer * len(layers))(*layers)
+
+    @staticmethod
+    def _call(step: DecodeStep, heads: torch.Tensor, attended: torch.Tensor) -> Call:
+        query, key, value = step.heads(heads)
+        if attended.shape[1] != query.shape[1] * value.shape[2] or not attended.is_contiguous():
+            raise ValueError(f"attention gives {query.shape[1]} x {value.shape[2]} columns, not {attended.shape[1]}")
+        call = step.call(query)
+        if call is None:
+            raise ValueError("the C kernel cannot attend over these blocks")
+        call.check_heads(query, (key, value))
+        return call
 
     def bind(self, name: str, rows: torch.Tensor) -> None:
         """Puts other rows in the place of a buffer's."""
@@ -91,14 +139,19 @@ class Program:
         self._ops = (_Op * len(operations))(*(_structure(op, order) for op in operations))
 
     def run(self, workspace: Workspace) -> None:
-        """Runs the operations over the workspace's rows."""
+        """Runs the operations over the workspace's rows.
+
+        Raises:
+            IndexError: a row attends to a slab or slot that does not exist, or sees no key.
+            MemoryError: there is none for attention.
+        """
         library = native.load()
         if library is None:
-            run_reference(self.operations, workspace.buffers, workspace.ropes)
+            run_reference(self.operations, workspace.buffers, workspace.ropes, workspace.attentions)
             return
         structure = workspace.structure
         structure.ops, structure.count = ctypes.addressof(self._ops), len(self._ops)
-        library.zs_decoder(ctypes.byref(structure))
+        raise_wrong(library.zs_decoder(ctypes.byref(structure)), structure.rows)
 
 
 def _buffer(rows: torch.Tensor) -> _Buffer:
@@ -121,4 +174,6 @@ def _structure(op: Operation, order: Mapping[str, int]) -> _Op:
         rope = -1 if op.rope is None else op.rope
         sizes = (op.query_heads, op.key_heads, op.dim)
         return _Op(1, 0, target, 0, rope, *sizes, op.eps, None, _pointer(op.norm), _pointer(op.key_norm))
+    if isinstance(op, Attend):
+        return _Op(3, order[op.source], target, 0, op.layer)
     return _Op(2, order[op.source], target, 0, -1, 0, 0, len(op.norm), op.eps, None, _pointer(op.norm), None)

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 
-from zipserve.kernels.decoder.operations import Activation, Heads, Linear, Operation
+from zipserve.kernels.decoder.operations import Activation, Attend, Heads, LayerAttention, Linear, Operation
 from zipserve.kernels.linear import linear_reference
 from zipserve.kernels.linear.matrix import PANEL
 
@@ -14,18 +14,22 @@ def run_reference(
     operations: Sequence[Operation],
     buffers: Mapping[str, torch.Tensor],
     ropes: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    attentions: Sequence[LayerAttention] = (),
 ) -> None:
     """Runs `operations` in order.
 
     Args:
         buffers: float32 [rows, columns] each, changed in place.
         ropes: cosines and sines, float32 [rows, width] each.
+        attentions: of each layer.
     """
     for op in operations:
         if isinstance(op, Linear):
             _linear(op, buffers)
         elif isinstance(op, Heads):
             _heads(op, buffers[op.target], ropes)
+        elif isinstance(op, Attend):
+            _attend(buffers[op.source], buffers[op.target], attentions[op.layer])
         else:
             buffers[op.target] += _norm(buffers[op.source], op.norm, op.eps)
 
@@ -56,3 +60,12 @@ def _heads(op: Heads, rows: torch.Tensor, ropes: Sequence[tuple[torch.Tensor, to
         turned = heads[..., : cos.shape[-1]]
         lower, upper = turned.chunk(2, -1)
         turned.copy_(turned * cos + torch.cat((-upper, lower), -1) * sin)
+
+
+def _attend(source: torch.Tensor, target: torch.Tensor, how: LayerAttention) -> None:
+    query, key, value = how.step.heads(source)
+    output = how.step.attend(
+        how.layer, query, (key, value), scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits,
+        weights=how.weights,
+    )  # fmt: skip
+    target.copy_(output.flatten(1))

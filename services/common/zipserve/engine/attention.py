@@ -7,7 +7,7 @@ on some layers.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from zipserve.common.errors import InvalidRequestError
+from zipserve.kernels.decoder import LayerAttention
 
 IMPLEMENTATION = "zipserve"
 
@@ -64,6 +65,10 @@ class Attender(Protocol):
         Returns:
             [tokens, heads, value_dim]
         """
+
+    def attentions(self, scorings: Sequence[Scoring]) -> list[LayerAttention] | None:
+        """How the layers attend, for a program that computes all of them; None: by `attend`, one after another."""
+        return None
 
 
 # A family may drop unknown keyword arguments on the way down (stablelm does), so the batch cannot be one.

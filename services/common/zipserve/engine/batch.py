@@ -5,15 +5,16 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from zipserve.common.errors import KvValueError
-from zipserve.engine.attention import Scoring
+from zipserve.engine.attention import Attender, Scoring
 from zipserve.engine.cache import KvCache
 from zipserve.engine.chunk import Chunk
 from zipserve.engine.codec import REFUSALS
 from zipserve.engine.decode import DecodeRows
 from zipserve.engine.sequence import Segment
+from zipserve.kernels.decoder import LayerAttention
 
 
-class Batch:
+class Batch(Attender):
     """One step over `segments`, which must be valid. Writes the KV of its tokens as their layers are computed."""
 
     def __init__(self, segments: SequenceOf[Segment], cache: KvCache) -> None:
@@ -62,6 +63,12 @@ class Batch:
         for rows, chunk in self._chunks:
             output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring)
         return output
+
+    def attentions(self, scorings: SequenceOf[Scoring]) -> list[LayerAttention] | None:
+        """See zipserve.engine.attention.Attender. Who takes them computes all layers."""
+        found = None if self._decode is None or self._chunks else self._decode.attentions(scorings)
+        self.calls += len(found or ())
+        return found
 
     def seal(self) -> None:
         """To be called after the last layer."""

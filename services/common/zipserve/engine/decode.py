@@ -10,6 +10,7 @@ from zipserve.engine.cache import KvCache
 from zipserve.engine.codec import decoded
 from zipserve.engine.sequence import Sequence
 from zipserve.kernels.attention import DecodeStep, OpenBlocks, SealedBlocks
+from zipserve.kernels.decoder import LayerAttention
 from zipserve.kernels.zipformat import probe_offsets
 
 
@@ -88,6 +89,22 @@ class DecodeRows:
             .to(query.dtype)
         )
 
+    def attentions(self, scorings: SequenceOf[Scoring]) -> list[LayerAttention] | None:
+        """See zipserve.engine.attention.Attender; None where blocks are decoded layer by layer."""
+        if not self._is_direct or self._cache.device.type != "cpu":
+            return None
+        return [
+            LayerAttention(
+                self._step(layer, scoring.visibility),
+                layer,
+                scoring.scale,
+                scoring.softcap,
+                scoring.sinks,
+                None if self._weights is None else self._weights[layer],
+            )
+            for layer, scoring in enumerate(scorings)
+        ]
+
     def seal(self) -> None:
         """After the last layer: notes what the probe rows paid, and seals the blocks that became full."""
         cache = self._cache
@@ -135,23 +152,22 @@ class DecodeRows:
         for sequence, first in zip(self._sequences, firsts, strict=True):
             sealed = sequence.length // size
             spans.append((min(first // size, sealed), sealed))
-        columns = max(last - first for first, last in spans)
         slabs: list[int] = []
         sink_slabs: list[int] = []
-        table = torch.zeros(self.count, columns, dtype=torch.int32)
-        index = torch.zeros_like(table)
-        for row, (sequence, (first, last)) in enumerate(zip(self._sequences, spans, strict=True)):
-            table[row, : last - first] = torch.tensor(sequence.blocks[first:last], dtype=torch.int32)
-            index[row, : last - first] = torch.arange(len(slabs), len(slabs) + last - first)
+        columns = max(last - first for first, last in spans)
+        table: list[list[int]] = []
+        index: list[list[int]] = []
+        for sequence, (first, last) in zip(self._sequences, spans, strict=True):
+            padding = [0] * (columns - last + first)
+            table.append(sequence.blocks[first:last] + padding)
+            index.append([*range(len(slabs), len(slabs) + last - first), *padding])
             slabs += sequence.blocks[first:last]
             sink_slabs += sequence.sink_slabs(first, last)
         counts = [last - first for first, last in spans]
         starts = [first * size for first, _ in spans]
         return _Plan(
-            _index(slabs, cache),
-            _index(sink_slabs, cache),
-            table.to(cache.device),
-            index.to(cache.device),
+            *(_index(numbers, cache) for numbers in (slabs, sink_slabs)),
+            *(torch.tensor(rows, dtype=torch.int32, device=cache.device) for rows in (table, index)),
             *(_index(numbers, cache).int() for numbers in (counts, starts, firsts)),
         )
 

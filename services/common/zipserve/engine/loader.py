@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import MODEL_DTYPES
 from zipserve.common.models import ModelFiles
-from zipserve.engine.attention import IMPLEMENTATION, Scoring, attending
+from zipserve.engine.attention import IMPLEMENTATION, Attender, Scoring, attending
 from zipserve.engine.codec import TORCH_DTYPES
 from zipserve.engine.model import LoadedModel, ModuleForward
 
@@ -95,7 +95,7 @@ def wrap(module: Any, name: str, revision: str, context_tokens: int | None = Non
     )
 
 
-class _Recorder:
+class _Recorder(Attender):
     """Takes note of the KV of every layer, and answers zeros."""
 
     def __init__(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from zipserve.common.errors import InvalidRequestError
-from zipserve.engine.attention import IMPLEMENTATION, Scoring, Visibility, attending
+from zipserve.engine.attention import IMPLEMENTATION, Attender, Scoring, Visibility, attending
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
 from zipserve.engine.fused import FusedModel
@@ -135,7 +135,7 @@ def _through_engine(model: LoadedModel, ids: list[list[int]]) -> dict[tuple[int,
     return found
 
 
-class _Alone:
+class _Alone(Attender):
     """Answers attention over a row that is one sequence, wherever its positions are."""
 
     def attend(

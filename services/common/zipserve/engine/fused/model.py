@@ -10,14 +10,16 @@ from torch import nn
 from zipserve.engine.attention import Scoring, in_hand
 from zipserve.engine.fused.recognition import Decoder, Layer, Norm
 from zipserve.engine.packing import embedding_over, take, take_weight
-from zipserve.kernels.decoder import Heads, Linear, NormAdd, Operation, Program, Workspace
+from zipserve.kernels.decoder import Attend, Heads, Linear, NormAdd, Operation, Program, Workspace
 from zipserve.kernels.linear import PackedMatrix, interleave, pack
 
 BUFFERS = ("hidden", "heads", "attended", "gated", "normal", "logits")
 
 
 class FusedModel:
-    """A decoder as programs: one before the first attention, one behind each."""
+    """A decoder as programs: one before the first attention and one behind each; and one of all of them, which attends
+    itself, for steps of decode.
+    """
 
     def __init__(
         self, decoder: Decoder, heads: tuple[int, int, int, int], scorings: Sequence[Scoring], storage: torch.dtype
@@ -39,10 +41,15 @@ class FusedModel:
             operations[-1] += self._before(layer, storage)
             operations.append(self._behind(layer, storage))
         self._programs = [Program(part, BUFFERS) for part in operations]
+        whole = list(operations[0])
+        for index, part in enumerate(operations[1:]):
+            whole += [Attend("heads", "attended", index), *part]
+        self._whole = Program(whole, BUFFERS)
         self._head = Program([Linear(head, "hidden", "logits", decoder.norm.weight, decoder.norm.eps)], BUFFERS)
         self._vocab = head.outputs
         linears = [op for part in operations for op in part if isinstance(op, Linear)]
-        self._columns = {op.target: op.columns for op in linears} | {"normal": head.inputs}
+        self._columns = {op.target: op.columns for op in linears}
+        self._columns |= {"normal": head.inputs, "attended": self._heads * self._value_dim}
         self._inputs_max = max(op.matrix.inputs for op in linears)
 
     def __call__(self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -50,15 +57,23 @@ class FusedModel:
         hidden = self._embedding(token_ids)[0].float().contiguous()
         buffers = {name: hidden.new_empty(len(hidden), self._columns.get(name, 0)) for name in BUFFERS}
         buffers["hidden"] = hidden
-        workspace = Workspace(buffers, self._ropes(hidden, positions), self._inputs_max)
-        query, key, value = self._split(buffers["heads"])
+        attentions = in_hand().attentions(self.scorings)
+        ropes = self._ropes(hidden, positions)
+        workspace = Workspace(buffers, ropes, self._inputs_max, attentions or (), ("heads", "attended"))
+        if attentions is None:
+            self._run_by_layer(workspace)
+        else:
+            self._whole.run(workspace)
+        return self._logits(hidden[rows])
+
+    def _run_by_layer(self, workspace: Workspace) -> None:
+        query, key, value = self._split(workspace.buffers["heads"])
         attender = in_hand()
         for layer, scoring in enumerate(self.scorings):
             self._programs[layer].run(workspace)
             attended = attender.attend(layer, query, key, value, scoring)
             workspace.bind("attended", attended.float().flatten(1))
         self._programs[-1].run(workspace)
-        return self._logits(hidden[rows])
 
     def _ropes(self, hidden: torch.Tensor, positions: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         tables = (self._decoder.rotary(hidden[None], positions, *kind) for kind in self._decoder.rope_kinds)
