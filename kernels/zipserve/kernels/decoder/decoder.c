@@ -4,6 +4,7 @@
 // A program is a list of operations over buffers of rows; one parallel region runs all of it, with a barrier behind
 // every operation. program.py mirrors the structures.
 #include <omp.h>
+#include <stdlib.h>
 
 #include "attention/attention.h"
 #include "linear/gemm.h"
@@ -150,17 +151,30 @@ static void attend(const Program *p, const Op *op, AttentionPlan *const *plans) 
 
 // ---- the program
 
-static void multiply(const Program *p, const Op *op, const Strips *strips, const Team *team) {
-    const Buffer *source = p->buffers + op->source;
-    const Rows rows = {source->data, source->stride, op->matrix->inputs, op->norm, op->eps};
-    zs_pack(&rows, strips, team, p->packed);
-#pragma omp barrier
-    Output output = {p->buffers[op->target], op->epilogue};
-    zs_gemm(op->matrix, strips, p->packed, team, p->scratch + team->thread * p->scratch_stride, put, &output);
+static int64_t rows_of(const Program *p, int64_t begin) {
+    return MIN(p->rows - begin, BLOCK_ROWS);
 }
 
-static void run(const Program *p, const Op *op, const Strips *strips, const Team *team, AttentionPlan *const *plans) {
-    if (op->kind == OP_LINEAR) return multiply(p, op, strips, team);
+// Block by block of rows, which stay in the cache while the weights pass by.
+static void multiply(const Program *p, const Op *op, Team team) {
+    const Buffer *source = p->buffers + op->source, *target = p->buffers + op->target;
+    const int64_t inputs = op->matrix->inputs;
+    for (int64_t begin = 0; begin < p->rows; begin += BLOCK_ROWS) {
+        const Strips strips = zs_strips(rows_of(p, begin));
+        const Rows rows = {source->data + begin * source->stride, source->stride, inputs, op->norm, op->eps};
+        zs_pack(&rows, &strips, &team, p->packed + begin * inputs);
+    }
+#pragma omp barrier
+    for (int64_t begin = 0; begin < p->rows; begin += BLOCK_ROWS, team.next += team.threads) {
+        const Strips strips = zs_strips(rows_of(p, begin));
+        Output output = {{target->data + begin * target->stride, target->stride}, op->epilogue};
+        float *scratch = p->scratch + team.thread * p->scratch_stride;
+        zs_gemm(op->matrix, &strips, p->packed + begin * inputs, &team, scratch, put, &output);
+    }
+}
+
+static void run(const Program *p, const Op *op, const Team *team, AttentionPlan *const *plans) {
+    if (op->kind == OP_LINEAR) return multiply(p, op, *team);
     if (op->kind == OP_ATTEND) return attend(p, op, plans);
 #pragma omp for nowait
     for (int row = 0; row < p->rows; row++) {
@@ -169,19 +183,21 @@ static void run(const Program *p, const Op *op, const Strips *strips, const Team
     }
 }
 
-static void run_all(const Program *p, AttentionPlan *const *plans) {
+static int run_all(const Program *p, AttentionPlan *const *plans) {
     int64_t products = 0;
     for (int i = 0; i < p->count; i++)
         if (p->ops[i].matrix) products += p->ops[i].matrix->inputs * p->ops[i].matrix->outputs * p->rows;
-    const Strips strips = zs_strips(p->rows);
-    int next[p->count * p->threads];
-    memset(next, 0, sizeof next);
+    const int64_t blocks = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
+    int *next = calloc(p->count * blocks * p->threads + 1, sizeof *next);
+    if (!next) return -2;
 #pragma omp parallel num_threads(p->threads) if (products > WAKING_PRODUCTS)
     for (int i = 0; i < p->count; i++) {
-        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next + i * p->threads};
-        run(p, p->ops + i, &strips, &team, plans);
+        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next + i * blocks * p->threads};
+        run(p, p->ops + i, &team, plans);
 #pragma omp barrier
     }
+    free(next);
+    return -1;
 }
 
 // Returns -1; or the first row whose attention refers to what does not exist; or -2 where there is no memory.
@@ -193,13 +209,13 @@ int zs_decoder(const Program *p) {
         plans[planned] = wrong == -1 ? zs_attention_plan(p->steps[planned]) : NULL;
         if (wrong == -1 && !plans[planned]) wrong = -2;
     }
-    if (wrong == -1) run_all(p, plans);
+    if (wrong == -1) wrong = run_all(p, plans);
     while (planned--) zs_attention_free(plans[planned]);
     return wrong;
 }
 
 // Floats of a thread's scratch for products of so many inputs.
 int64_t zs_decoder_scratch(int64_t inputs, int rows) {
-    const int64_t of_gemm = zs_gemm_scratch(inputs, rows);
+    const int64_t of_gemm = zs_gemm_scratch(inputs, MIN(rows, BLOCK_ROWS));
     return ((of_gemm > inputs ? of_gemm : inputs) + 15) / 16 * 16;
 }

@@ -8,6 +8,7 @@
 
 #define PANEL 16
 #define PAIR (2 * PANEL)
+#define BLOCK_ROWS 120  // of a product that are multiplied together: packed, they stay in the second-level cache
 
 typedef enum { WEIGHT_FLOAT32, WEIGHT_BFLOAT16, WEIGHT_FLOAT16, WEIGHT_INT8 } WeightType;
 
