@@ -68,7 +68,7 @@ class Call:
         x = x.contiguous()
         before, threads = x.shape[:-1], torch.get_num_threads()
         rows = x.numel() // self._inputs
-        outs = [torch.empty((*before, outputs)) for outputs in self._outputs]
+        outs = [x.new_empty((*before, outputs)) for outputs in self._outputs]
         scratch = torch.empty(rows * self._inputs + threads * _scratch(self._inputs, rows))
         address = scratch.data_ptr()
         pointers = self._pointers(*(out.data_ptr() for out in outs))

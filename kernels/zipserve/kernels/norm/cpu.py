@@ -25,7 +25,7 @@ def rms_norm_cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     library = native.load()
     assert library is not None
     x = x.contiguous()
-    out, columns = torch.empty(x.shape), x.shape[-1]
+    out, columns = torch.empty_like(x), x.shape[-1]
     pointers = x.data_ptr(), weight.data_ptr(), out.data_ptr()
     library.zs_rms_norm(ctypes.byref(_Norm(*pointers, x.numel() // columns, columns, torch.get_num_threads(), eps)))
     return out
