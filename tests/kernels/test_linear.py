@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from zipserve.kernels import memory
-from zipserve.kernels.linear import interleave, linear, linear_reference, pack
+from zipserve.kernels.linear import Products, interleave, linear, linear_reference, pack
 from zipserve.kernels.linear.matrix import PANEL, STORAGES
 
 TOLERANCE = 2e-5
@@ -39,6 +39,21 @@ def test_threads_share_the_outputs(threads: int) -> None:
     alone = linear(x, matrix)
     torch.set_num_threads(threads)  # the fixture sets it back
     assert torch.equal(linear(x, matrix), alone)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 13, 130])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_several_matrices_share_their_rows(rows: int, threads: int) -> None:
+    storages = (torch.float32, torch.bfloat16, torch.int8)
+    matrices = [
+        pack(numbers(outputs, 576, seed=outputs), storage, numbers(outputs))
+        for outputs, storage in zip((700, 33, 1), storages, strict=True)
+    ]
+    x = numbers(rows, 576)
+    alone = [linear(x, matrix) for matrix in matrices]
+    torch.set_num_threads(threads)  # the fixture sets it back
+    for found, wanted in zip(Products(matrices)(x), alone, strict=True):
+        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16])
@@ -119,6 +134,11 @@ def test_refuses(weight: torch.Tensor, storage: torch.dtype, bias: torch.Tensor 
 def test_refuses_rows_of_another_width() -> None:
     with pytest.raises(ValueError, match="rows of 9 numbers for a matrix of 8 inputs"):
         linear(torch.zeros(1, 9), pack(numbers(9, 8), torch.float32))
+
+
+def test_refuses_matrices_of_different_inputs() -> None:
+    with pytest.raises(ValueError, match=r"matrices of \[8, 9\] inputs"):
+        Products([pack(numbers(4, inputs), torch.float32) for inputs in (9, 8)])
 
 
 def test_memory_is_zeroed_and_begins_at_a_page() -> None:

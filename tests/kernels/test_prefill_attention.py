@@ -81,7 +81,7 @@ def case_of(
     """`tokens` new tokens behind `opened` tokens that are not sealed, behind `blocks` sealed blocks."""
     generator = torch.Generator().manual_seed(tokens + blocks)
     data, sinks = blocks_of(form)
-    slabs, sink_slabs = ([4] if at_start else [6]) + [5, 6, 5, 6, 6], [3 if at_start else -1] + [-1] * 5
+    slabs, sink_slabs = ([4] if at_start else [6]) + [5, 6] * blocks, [3 if at_start else -1] + [-1] * blocks
     prefix = Prefix(form, data, torch.tensor(slabs[:blocks]), sinks, torch.tensor(sink_slabs[:blocks]))
     begin = 0 if at_start else 3 * form.block_tokens
     query, key, value = (
@@ -166,6 +166,28 @@ def test_every_length(tokens: int, opened: int) -> None:
 @pytest.mark.parametrize("form", [ZipFormat(1, 32, 32, 64), RawFormat(1, 32, 24, 64, torch.float32)])
 def test_windows(form: ZipFormat | RawFormat, width: int) -> None:
     case_of(form, 2, 300, blocks=3, opened=5).windowed(width).check()
+
+
+@pytest.mark.parametrize("at_start", [True, False])
+@pytest.mark.parametrize("tokens", [1, 9, 70])
+@pytest.mark.parametrize("form", [ZipFormat(1, 32, 32, 64), RawFormat(1, 32, 24, 64, torch.float32)])
+def test_a_long_prefix_in_spans(form: ZipFormat | RawFormat, tokens: int, at_start: bool) -> None:
+    """They may be hidden as a whole, or in part; and sink logits count once."""
+    case = case_of(form, 3, tokens, blocks=40, opened=5, at_start=at_start)
+    sink_logits = torch.linspace(-2, 3, len(case.query))
+    for of in (case, replace(case, softcap=1.5, sink_logits=sink_logits), *map(case.windowed, (40, 1100, 2000))):
+        of.check()
+        replace(of, sink_logits=sink_logits).check()
+
+
+def test_spans_are_the_same_for_all_threads() -> None:
+    case = case_of(ZipFormat(2, 32, 32, 64), 3, 9, blocks=40, opened=5)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)  # the fixture sets it back
+        found.append(case.run()[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 48, 64, 100, 192])

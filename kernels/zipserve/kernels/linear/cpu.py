@@ -1,7 +1,9 @@
-"""Calls the C kernel of linear layers."""
+"""Calls the C kernel of linear layers: many calls a step, so that what stands here is kept short."""
 
 import ctypes
+import functools
 import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -21,8 +23,8 @@ class Matrix(ctypes.Structure):
 
 class _Linear(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("matrix", "x", "out", "packed", "scratch")),
-        *((name, ctypes.c_int64) for name in ("rows", "threads")),
+        *((name, ctypes.c_void_p) for name in ("matrices", "outs", "x", "packed", "scratch")),
+        *((name, ctypes.c_int64) for name in ("rows", "count", "threads")),
     )
 
 
@@ -45,22 +47,41 @@ def structure_of(matrix: PackedMatrix) -> Matrix:
     return found
 
 
-def linear_cpu(x: torch.Tensor, matrix: PackedMatrix) -> torch.Tensor:
-    """float32 [rows, inputs] -> [rows, outputs]; only where `runs_on_cpu`."""
+class Call:
+    """What all products with the same matrices have in common: it is laid out once."""
+
+    def __init__(self, matrices: Sequence[PackedMatrix]) -> None:
+        """
+        Args:
+            matrices: with as many inputs each.
+        """
+        self._inputs = matrices[0].inputs
+        self._outputs = [matrix.outputs for matrix in matrices]
+        self._matrices = matrices  # alive as long as C may read them
+        self._addresses = (ctypes.c_void_p * len(matrices))(*(ctypes.addressof(structure_of(m)) for m in matrices))
+        self._pointers = ctypes.c_void_p * len(matrices)
+
+    def run(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """float32 [..., inputs] -> [..., outputs] of each matrix; only where `runs_on_cpu`."""
+        library = native.load()
+        assert library is not None
+        x = x.contiguous()
+        before, threads = x.shape[:-1], torch.get_num_threads()
+        rows = x.numel() // self._inputs
+        outs = [x.new_empty((*before, outputs)) for outputs in self._outputs]
+        scratch = torch.empty(rows * self._inputs + threads * _scratch(self._inputs, rows))
+        address = scratch.data_ptr()
+        pointers = self._pointers(*(out.data_ptr() for out in outs))
+        of_rows = (x.data_ptr(), address, address + 4 * rows * self._inputs, rows)
+        arguments = (ctypes.addressof(self._addresses), ctypes.addressof(pointers), *of_rows, len(outs), threads)
+        library.zs_linear(ctypes.byref(_Linear(*arguments)))
+        return outs
+
+
+@functools.lru_cache(maxsize=1024)
+def _scratch(inputs: int, rows: int) -> int:
+    """Floats of each thread."""
     library = native.load()
     assert library is not None
-    x = x.contiguous()
-    rows, threads = len(x), torch.get_num_threads()
-    out = torch.empty(rows, matrix.outputs)
-    scratch = torch.empty(threads * library.zs_gemm_scratch(ctypes.c_int64(matrix.inputs), rows))
-    packed = torch.empty(rows * matrix.inputs)
-    structure = structure_of(matrix)
-    library.zs_linear(
-        ctypes.byref(
-            _Linear(
-                *(ctypes.addressof(structure), x.data_ptr(), out.data_ptr(), packed.data_ptr(), scratch.data_ptr()),
-                *(rows, threads),
-            )
-        )
-    )
-    return out
+    floats: int = library.zs_gemm_scratch(ctypes.c_int64(inputs), rows)
+    return floats

@@ -1,35 +1,47 @@
-// A product by itself, with a parallel region of its own.
+// Products of the same rows with one matrix or several, with a parallel region of their own.
 #include <omp.h>
 
 #include "gemm.h"
 
 // See cpu.py.
 typedef struct {
-    const Matrix *matrix;
-    const float *x;  // [rows][inputs], contiguous
-    float *out;      // [rows][outputs], contiguous
-    float *packed;   // [rows][inputs]
-    float *scratch;  // [threads][zs_gemm_scratch]
-    int64_t rows, threads;
+    const Matrix *const *matrices;  // [count], all with the same number of inputs
+    float *const *outs;             // [count]: [rows][outputs], contiguous
+    const float *x;                 // [rows][inputs], contiguous
+    float *packed;                  // [rows][inputs]
+    float *scratch;                 // [threads][zs_gemm_scratch]
+    int64_t rows, count, threads;
 } Linear;
 
+typedef struct {
+    float *out;
+    int64_t outputs;
+} Output;
+
 static void put(void *context, const float *sums, int begin, int rows, int column, int count) {
-    const Linear *l = context;
+    const Output *output = context;
     for (int r = 0; r < rows; r++)
-        memcpy(l->out + (begin + r) * l->matrix->outputs + column, sums + r * PAIR, count * sizeof(float));
+        memcpy(output->out + (begin + r) * output->outputs + column, sums + r * PAIR, count * sizeof(float));
 }
 
 void zs_linear(const Linear *l) {
     const Strips strips = zs_strips(l->rows);
-    const int64_t inputs = l->matrix->inputs, scratch = zs_gemm_scratch(inputs, l->rows);
+    const int64_t inputs = l->matrices[0]->inputs, scratch = zs_gemm_scratch(inputs, l->rows);
     const Rows rows = {.x = l->x, .stride = inputs, .inputs = inputs};
-    int next[l->threads];
+    int64_t outputs = 0;
+    for (int i = 0; i < l->count; i++) outputs += l->matrices[i]->outputs;
+    int next[l->count * l->threads];
     memset(next, 0, sizeof next);
-#pragma omp parallel num_threads(l->threads) if (inputs * l->matrix->outputs * l->rows > WAKING_PRODUCTS)
+#pragma omp parallel num_threads(l->threads) if (inputs * outputs * l->rows > WAKING_PRODUCTS)
     {
-        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next};
-        zs_pack(&rows, &strips, &team, l->packed);
+        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
+        const Team all = {thread, threads, next};
+        zs_pack(&rows, &strips, &all, l->packed);
 #pragma omp barrier
-        zs_gemm(l->matrix, &strips, l->packed, &team, l->scratch + team.thread * scratch, put, (void *)l);
+        for (int i = 0; i < l->count; i++) {
+            const Team team = {thread, threads, next + i * l->threads};
+            Output output = {l->outs[i], l->matrices[i]->outputs};
+            zs_gemm(l->matrices[i], &strips, l->packed, &team, l->scratch + thread * scratch, put, &output);
+        }
     }
 }

@@ -4,13 +4,18 @@ Each `nn.Linear` (and GPT-2's `Conv1D`) gives its weights to a packed copy and i
 as transformers wrote it. Tied embeddings look their rows up in the packed head, so that the weights exist once.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from zipserve.kernels.linear import PackedMatrix, linear, pack
+from zipserve.engine.siblings import Siblings
+from zipserve.kernels.linear import PackedMatrix, interleave, pack
+
+LINEARS = (nn.Linear, Conv1D)
 
 
 class PackedLinear(nn.Module):
@@ -19,10 +24,17 @@ class PackedLinear(nn.Module):
     def __init__(self, matrix: PackedMatrix) -> None:
         super().__init__()
         self.matrix = matrix
+        self.join(Siblings([matrix]), 0)
+
+    def join(self, siblings: Siblings, part: int) -> None:
+        """Takes its products from those of several layers."""
+        self._siblings, self._part = siblings, part
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., inputs] -> [..., outputs], in the dtype of `x`."""
-        return linear(x, self.matrix)
+        return self._siblings.take(self._part, x)
+
+    __call__ = forward  # it has no hooks, and is called often
 
 
 class PackedEmbedding(nn.Module):
@@ -38,18 +50,26 @@ class PackedEmbedding(nn.Module):
         return rows.view(*token_ids.shape, -1).to(self.dtype)
 
 
-def pack_linears(module: Any, storage: torch.dtype) -> None:
+def pack_linears(module: Any, storage: torch.dtype, siblings: Sequence[Sequence[nn.Module]] = ()) -> None:
     """Replaces all linear layers of `module`, which give up their weights.
 
     Args:
         storage: see zipserve.kernels.linear.pack.
+        siblings: layers that are called with the same rows, see zipserve.engine.siblings.
     """
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     is_tied = isinstance(embedding, nn.Embedding) and embedding.weight is getattr(head, "weight", None)
+    replaced: dict[nn.Module, PackedLinear] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) in (nn.Linear, Conv1D):
-                setattr(parent, name, PackedLinear(take(child, storage)))
+            if type(child) in LINEARS:
+                replaced[child] = PackedLinear(take(child, storage))
+                setattr(parent, name, replaced[child])
+    for group in siblings:
+        layers = [replaced[layer] for layer in group]
+        shared = Siblings([layer.matrix for layer in layers])
+        for part, layer in enumerate(layers):
+            layer.join(shared, part)
     packed = module.get_output_embeddings()
     if is_tied and isinstance(packed, PackedLinear):
         module.set_input_embeddings(embedding_over(packed.matrix, embedding))
@@ -65,6 +85,26 @@ def take_weight(layer: nn.Linear | Conv1D) -> torch.Tensor:
     weight = layer.weight.detach()
     layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
     return weight.T if isinstance(layer, Conv1D) else weight
+
+
+def take_gates(layers: list[nn.Linear], storage: torch.dtype) -> PackedMatrix:
+    """Gates and factors, interleaved."""
+    biases = [bias_of(layer) for layer in layers]
+    weights = [take_weight(layer) for layer in layers]
+    if len(layers) == 1:
+        weights, biases = list(weights[0].chunk(2)), list(biases[0].chunk(2))
+    bias = interleave(biases[0][:, None], biases[1][:, None])[:, 0]
+    return pack(interleave(weights[0], weights[1]), storage, bias if bias.any() else None)
+
+
+def take_down(layer: nn.Linear, inputs: int, storage: torch.dtype) -> PackedMatrix:
+    """With as many inputs as the interleaved matrix gives."""
+    return pack(F.pad(take_weight(layer), (0, inputs - layer.in_features)), storage, layer.bias)
+
+
+def bias_of(layer: nn.Linear) -> torch.Tensor:
+    bias: torch.Tensor | None = layer.bias  # typeshed says that there always is one
+    return torch.zeros(layer.out_features) if bias is None else bias.detach()
 
 
 def embedding_over(matrix: PackedMatrix, embedding: nn.Embedding) -> PackedEmbedding:

@@ -36,6 +36,8 @@ class Probes:
         Returns:
             float32 [blocks, block_tokens], for every block that a new token lies in.
         """
+        if not self._positions:
+            return torch.zeros(len(self._starts), self._block_tokens, device=self._device)
         first = self._first.get(scoring.visibility)
         if first is None:
             first = self._index([scoring.visibility.first(position) - self._offset for position in self._positions])

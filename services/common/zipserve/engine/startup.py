@@ -13,7 +13,6 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from zipserve.common import log
@@ -22,8 +21,10 @@ from zipserve.engine import loader
 from zipserve.engine.codec import TORCH_DTYPES
 from zipserve.engine.fused import FusedModel, NotRecognizedError, recognize
 from zipserve.engine.model import LoadedModel
-from zipserve.engine.packing import pack_linears
+from zipserve.engine.packing import LINEARS, pack_linears
+from zipserve.engine.parts import replace_parts
 from zipserve.engine.probe import References, probe, take_references
+from zipserve.engine.siblings import find_siblings
 from zipserve.kernels.linear import pack, runs_on_cpu
 
 Weights: TypeAlias = Literal["checkpoint", "float32", "float16", "bfloat16", "int8"]
@@ -102,8 +103,9 @@ def fuse(model: LoadedModel, storage: torch.dtype) -> LoadedModel:
 
 
 def pack_generic(model: LoadedModel, storage: torch.dtype) -> LoadedModel:
-    """The model with its linear layers packed in place."""
-    pack_linears(model.module, storage)
+    """The model with what is recognized in it replaced, and its other linear layers packed."""
+    replace_parts(model.module, storage)
+    pack_linears(model.module, storage, find_siblings(model, LINEARS))
     return model
 
 
@@ -138,6 +140,6 @@ def _let_go(module: Any) -> None:
 def _round(module: Any, storage: torch.dtype) -> None:
     """Rounds what will be packed as packing does, so that the probe compares equal weights."""
     for layer in module.modules():
-        if type(layer) in (nn.Linear, Conv1D) and layer.weight.dtype is torch.float32 and storage is not torch.float32:
+        if type(layer) in LINEARS and layer.weight.dtype is torch.float32 and storage is not torch.float32:
             weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
             weight.copy_(pack(weight, storage).unpack())

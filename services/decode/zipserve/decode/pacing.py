@@ -1,6 +1,6 @@
 """How many tokens of prompts fit into a step before it holds up the sequences that decode. Pure."""
 
-CHUNK_TOKENS_MIN = 8
+CHUNK_TOKENS_MIN = 4
 """A prompt advances by so much whatever it costs, or it would never end."""
 _WEIGHT = 0.3
 _OUTLIER = 3.0

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F  # noqa: N812  its usual name
 from torch import nn
 
 from zipserve.engine.attention import Scoring, in_hand
 from zipserve.engine.fused.recognition import Decoder, Layer, Norm
-from zipserve.engine.packing import embedding_over, take, take_weight
+from zipserve.engine.packing import bias_of, embedding_over, take, take_down, take_gates, take_weight
 from zipserve.kernels.decoder import Attend, Heads, Linear, NormAdd, Operation, Program, Workspace
-from zipserve.kernels.linear import PackedMatrix, interleave, pack
+from zipserve.kernels.linear import PackedMatrix, pack
 
 BUFFERS = ("hidden", "heads", "attended", "gated", "normal", "logits")
 
@@ -121,34 +120,14 @@ class FusedModel:
                 operations.append(NormAdd("normal", "hidden", norm.weight, norm.eps))
 
         add(take(layer.output, storage), "attended", layer.attention_norm)
-        gates = _gates(layer.gates, storage)
+        gates = take_gates(layer.gates, storage)
         norm = layer.mlp_norm
         operations.append(Linear(gates, "hidden", "gated", norm.weight, norm.eps, gated=layer.activation))
-        add(_down(layer.down, gates.outputs // 2, storage), "gated", layer.down_norm)
+        add(take_down(layer.down, gates.outputs // 2, storage), "gated", layer.down_norm)
         return operations
 
 
 def _join(layers: list[nn.Linear], storage: torch.dtype) -> PackedMatrix:
     """One matrix whose outputs are those of all layers, one after another."""
-    bias = torch.cat([_bias_of(layer) for layer in layers])
+    bias = torch.cat([bias_of(layer) for layer in layers])
     return pack(torch.cat([take_weight(layer) for layer in layers]), storage, bias if bias.any() else None)
-
-
-def _gates(layers: list[nn.Linear], storage: torch.dtype) -> PackedMatrix:
-    """Gates and factors, interleaved."""
-    biases = [_bias_of(layer) for layer in layers]
-    weights = [take_weight(layer) for layer in layers]
-    if len(layers) == 1:
-        weights, biases = list(weights[0].chunk(2)), list(biases[0].chunk(2))
-    bias = interleave(biases[0][:, None], biases[1][:, None])[:, 0]
-    return pack(interleave(weights[0], weights[1]), storage, bias if bias.any() else None)
-
-
-def _down(layer: nn.Linear, inputs: int, storage: torch.dtype) -> PackedMatrix:
-    """With as many inputs as the interleaved matrix gives."""
-    return pack(F.pad(take_weight(layer), (0, inputs - layer.in_features)), storage, layer.bias)
-
-
-def _bias_of(layer: nn.Linear) -> torch.Tensor:
-    bias: torch.Tensor | None = layer.bias  # typeshed says that there always is one
-    return torch.zeros(layer.out_features) if bias is None else bias.detach()

@@ -20,7 +20,7 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = ({"gate_proj", "up_proj", "down_proj"}, {"gate_up_proj", "down_proj"})
 _TWO_NORMS = {"input_layernorm", "post_attention_layernorm"}
 _FOUR_NORMS = {*_TWO_NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"}
-_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     Activation.SILU: F.silu,
     Activation.GELU_TANH: lambda x: F.gelu(x, approximate="tanh"),
 }
@@ -102,7 +102,7 @@ def recognize(module: Any, heads: tuple[int, int, int, int]) -> Decoder:
     return Decoder(
         embedding=base.embed_tokens,
         layers=layers,
-        norm=_norm(base.norm),
+        norm=norm_of(base.norm),
         head=_linear(getattr(module, "lm_head", None)),
         rotary=base.rotary_emb,
         rope_kinds=kinds,
@@ -116,25 +116,26 @@ def _layer(layer: Any, key_dim: int, rope: int) -> Layer:
     _expect(attention, *_ATTENTION, *(names | _HEAD_NORMS for names in _ATTENTION))
     _expect(mlp, *_MLP)
     query_norm, key_norm = (
-        _norm(part) if (part := getattr(attention, name, None)) else None for name in sorted(_HEAD_NORMS, reverse=True)
+        norm_of(part) if (part := getattr(attention, name, None)) else None
+        for name in sorted(_HEAD_NORMS, reverse=True)
     )
     for norm in (query_norm, key_norm):
         if norm is not None and norm.weight.numel() != key_dim:
             raise NotRecognizedError("a norm over several heads")
     has_four = "pre_feedforward_layernorm" in norms
     return Layer(
-        input_norm=_norm(layer.input_layernorm),
+        input_norm=norm_of(layer.input_layernorm),
         projections=_linears(attention, ("qkv_proj",), ("q_proj", "k_proj", "v_proj")),
         query_norm=query_norm,
         key_norm=key_norm,
         rope=rope if getattr(attention, "use_rope", True) else None,
         output=_linear(attention.o_proj),
-        attention_norm=_norm(layer.post_attention_layernorm) if has_four else None,
-        mlp_norm=_norm(layer.pre_feedforward_layernorm if has_four else layer.post_attention_layernorm),
+        attention_norm=norm_of(layer.post_attention_layernorm) if has_four else None,
+        mlp_norm=norm_of(layer.pre_feedforward_layernorm if has_four else layer.post_attention_layernorm),
         gates=_linears(mlp, ("gate_up_proj",), ("gate_proj", "up_proj")),
         activation=_activation(mlp),
         down=_linear(mlp.down_proj),
-        down_norm=_norm(layer.post_feedforward_layernorm) if has_four else None,
+        down_norm=norm_of(layer.post_feedforward_layernorm) if has_four else None,
     )
 
 
@@ -177,7 +178,12 @@ def _linear(part: Any) -> nn.Linear:
     return part
 
 
-def _norm(part: Any) -> Norm:
+def norm_of(part: Any) -> Norm:
+    """A module as an RMS norm.
+
+    Raises:
+        NotRecognizedError: it is none.
+    """
     weight = getattr(part, "weight", None)
     eps = getattr(part, "variance_epsilon", getattr(part, "eps", None))
     if weight is None or weight.dim() != 1 or not isinstance(eps, float) or getattr(part, "bias", None) is not None:
@@ -194,7 +200,7 @@ def _norm(part: Any) -> Norm:
 def _activation(mlp: Any) -> Activation:
     function = getattr(mlp, "act_fn", getattr(mlp, "activation_fn", None))
     x = torch.linspace(-4, 4, 33)
-    for activation, known in _ACTIVATIONS.items():
+    for activation, known in ACTIVATIONS.items():
         if function is not None and torch.allclose(function(x), known(x), atol=1e-6):
             return activation
     raise NotRecognizedError(f"an activation by {type(function).__name__}")
