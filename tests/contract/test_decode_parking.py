@@ -50,7 +50,7 @@ async def test_parked_streams_go_on_with_the_right_tokens(pair: Pair, tiny_model
 async def test_zipped_streams_are_those_of_an_idle_worker(cluster_workers: Workers) -> None:
     """Blocks, sinks and scores come back, too."""
     pair = await cluster_workers.pair(
-        Fabric().open, prefill=ZIPPED, decode={**ZIPPED, "kv_blocks": 5, "sequences_max": 3}
+        Fabric().open, prefill={**ZIPPED, "prefix_blocks_max": 0}, decode={**ZIPPED, "kv_blocks": 5, "sequences_max": 3}
     )
     prompts = [prompt(100 + 3 * i, salt=i) for i in range(3)]
     alone = [(await pair.hand_over(token_ids, 200))[1] for token_ids in prompts]

@@ -246,7 +246,8 @@ async def test_a_handle_that_nobody_takes_expires(cluster_workers: Workers) -> N
     assert value(prefill.service.metrics, "zipserve_kv_blocks_free") == 24
 
 
-async def test_freed_slabs_say_so(prefill: Prefill) -> None:
+async def test_freed_slabs_say_so(cluster_workers: Workers) -> None:
+    prefill = await cluster_workers.prefill(Fabric().open, prefix_blocks_max=0)
     answer = await prefill.compute(40)
     await release(prefill, answer.handle)
     for ref in claims_of(answer.handle).refs:
@@ -306,7 +307,7 @@ async def test_goes_away_while_waiting_for_slabs(
     """And the one behind it, which needs less, gets its turn then: not when somebody else's lease ends."""
     prefill = await cluster_workers.prefill(Fabric().open, kv_blocks=4, **settings)
     holder = await prefill.compute(3 * BLOCK)
-    head = start(prefill, 2 * BLOCK, **options)
+    head = start(prefill, prompt(2 * BLOCK, salt=2), **options)
     await queued(prefill, 1)
     behind = start(prefill, prompt(BLOCK, salt=1), timeout_s=5.0 if not settings else None)
     await queued(prefill, 2)

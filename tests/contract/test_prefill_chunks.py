@@ -41,7 +41,7 @@ class Pace:
 
 @pytest.fixture
 async def prefill(cluster_workers: Workers) -> Prefill:
-    return await cluster_workers.prefill(Fabric().open, step_tokens=STEP)
+    return await cluster_workers.prefill(Fabric().open, step_tokens=STEP, prefix_blocks_max=0)
 
 
 def start(worker: Prefill, tokens: int | list[int], **options: Any) -> "asyncio.Task[PrefillResponse]":

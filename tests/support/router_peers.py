@@ -94,6 +94,8 @@ class Peer:
     layout: bytes = b"layout A"
     draining: bool = False
     tokens_per_event: int = 1
+    cached_tokens: int = 0
+    """That it says to have found of every prompt."""
     context_tokens: int = CONTEXT_TOKENS
     position: int = 0
     """Of the last token decoded, in any call."""
@@ -199,6 +201,7 @@ class _Prefill(PrefillServiceServicer):
                 for i in range(1, request.choices)
             ],
             handle=handle,
+            cached_tokens=peer.cached_tokens,
             queue_time=to_duration(0.25),
             compute_time=to_duration(0.5),
             logprobs=next(iter(_logprobs(request.sampling, position, 1)), None),

@@ -16,6 +16,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.slabs = SlabAllocator(count, "test slabs")
         self.free = list(range(count))
         self.held: list[list[int]] = []
+        self.kept: set[int] = set()
         self.generations: dict[int, int] = {}
         self.newest = 0
 
@@ -39,11 +40,31 @@ class AllocatorMachine(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject) -> None:
         if self.held:
             group = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-            self.slabs.give_back(group)
-            for slab in group:
-                if not any(slab in others for others in self.held):
-                    self.free.append(slab)
-                    del self.generations[slab]
+            freed = [slab for slab in group if not self._is_held(slab)]
+            assert self.slabs.give_back(group) == freed
+            self._note_free(freed)
+
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        if self.held:
+            slab = data.draw(st.sampled_from(data.draw(st.sampled_from(self.held))))
+            if slab in self.kept:
+                with pytest.raises(KeyError, match="kept already"):
+                    self.slabs.keep(slab)
+            else:
+                self.slabs.keep(slab)
+                self.kept.add(slab)
+
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        if self.kept:
+            slab = data.draw(st.sampled_from(sorted(self.kept)))
+            self.kept.remove(slab)
+            freed = [] if self._is_held(slab) else [slab]
+            assert self.slabs.give_up(slab) == freed
+            self._note_free(freed)
+            with pytest.raises(KeyError):
+                self.slabs.give_up(slab)
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
@@ -73,9 +94,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     def books_balance(self) -> None:
         self.slabs.check_integrity()
         assert self.slabs.free == len(self.free)
-        held = [slab for group in self.held for slab in group]
-        assert len(set(held)) + len(self.free) == self.slabs.count
-        assert {slab: self.slabs.generation(slab) for slab in held} == self.generations
+        held = {slab for group in self.held for slab in group}
+        assert self.slabs.idle == len(self.kept - held)
+        assert len(held | self.kept) + len(self.free) == self.slabs.count
+        assert {slab: self.slabs.generation(slab) for slab in held | self.kept} == self.generations
         for slab in self.free:
             with pytest.raises(KeyError):
                 self.slabs.generation(slab)
@@ -84,7 +106,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         for group in getattr(self, "held", []):
             self.slabs.give_back(group)
             self.slabs.check_integrity()
+        for slab in getattr(self, "kept", ()):
+            self.slabs.give_up(slab)
         assert not hasattr(self, "slabs") or self.slabs.free == self.slabs.count
+
+    def _is_held(self, slab: int) -> bool:
+        return slab in self.kept or any(slab in group for group in self.held)
+
+    def _note_free(self, slabs: list[int]) -> None:
+        for slab in slabs:
+            self.free.append(slab)
+            del self.generations[slab]
 
 
 TestAllocator = AllocatorMachine.TestCase
@@ -92,12 +124,13 @@ TestAllocator = AllocatorMachine.TestCase
 
 def test_integrity_check_can_fail() -> None:
     """Otherwise the invariant above would say nothing."""
-    twice, lost, both, nobodys = SlabAllocator(2), SlabAllocator(2), SlabAllocator(2), SlabAllocator(2)
+    twice, lost, both, nobodys, idle = (SlabAllocator(2) for _ in range(5))
+    idle._idle = 1
     nobodys.take(1)
     nobodys._holders[0] = 0
     twice._free.append(0)
     lost._free.clear()
     both._generation[0] = both._holders[0] = 1
-    for broken in (twice, lost, both, nobodys):
+    for broken in (idle, twice, lost, both, nobodys):
         with pytest.raises(AssertionError):
             broken.check_integrity()

@@ -1,4 +1,7 @@
-"""PrefillScheduler under any order of calls: who is first always advances, no slab twice, all slabs back in the end."""
+"""PrefillScheduler under any order of calls: who is first always advances, no slab twice, all slabs back in the end.
+
+Prompts of one family begin with the same tokens, so that they share blocks, some of which may be gone again.
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -8,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from zipserve.common.errors import DeadlineError, InvalidRequestError, OverloadedError
 from zipserve.common.kv.layout import Layout, SlabKind
 from zipserve.common.kv.pools import SlabPools
+from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
+from zipserve.v1.kv_pb2 import BlockRef
 
 BLOCK = 64
 KINDS = (SlabKind.BLOCK, SlabKind.TAIL, SlabKind.SINKS)
@@ -17,6 +22,25 @@ KINDS = (SlabKind.BLOCK, SlabKind.TAIL, SlabKind.SINKS)
 def pools_of(codec: str, blocks: int, tails: int, sinks: int) -> SlabPools:
     layout = Layout("m", "0", 1, 1, 16, 16, "float32", codec, BLOCK)
     return SlabPools(layout, blocks=blocks, tails=tails, sinks=sinks)
+
+
+def a_job(tokens: int, deadline_s: float, payload: int, priority: int = 0, family: int | None = None) -> Job[int]:
+    """Without a family, its blocks are nobody else's."""
+    job = Job(tokens, deadline_s, payload, priority)
+    if family is not None:
+        job.names = [bytes([family, block]) for block in range(tokens // BLOCK)]
+        job.reusable_blocks = (tokens - 1) // BLOCK
+    return job
+
+
+def publish(index: PrefixIndex, job: Job[int]) -> None:
+    """Puts the blocks that a job has computed into the index, as a worker does after a step."""
+    for block in range(len(job.run), min(len(job.names), job.computed // BLOCK)):
+        slabs = [(SlabKind.SINKS, slab) for slab in job.slabs.sinks if not block]
+        slabs.append((SlabKind.BLOCK, job.slabs.blocks[block]))
+        refs = [BlockRef(kind=kind.value, slab=slab) for kind, slab in slabs]  # type: ignore[arg-type]  # our enum
+        if not index.extend(job.run, job.names[block], refs):
+            break
 
 
 def rank(job: Job[int]) -> tuple[int, int]:
@@ -33,13 +57,17 @@ class PrefillMachine(RuleBasedStateMachine):
         sinks=st.integers(1, 3),
         slots=st.integers(1, 3),
         step_tokens=st.sampled_from([1, 160, 400]),
+        cached_max=st.sampled_from([None, None, 0, 2]),
     )
-    def start(self, codec: str, blocks: int, tails: int, sinks: int, slots: int, step_tokens: int) -> None:
+    def start(
+        self, codec: str, blocks: int, tails: int, sinks: int, slots: int, step_tokens: int, cached_max: int | None
+    ) -> None:
         self.has_sinks = codec != "raw"
         self.step_tokens = step_tokens
         self.pools = pools_of(codec, blocks, tails, sinks)
+        self.index = PrefixIndex(self.pools, cached_max)
         self.scheduler: PrefillScheduler[int] = PrefillScheduler(
-            self.pools, slots=slots, step_tokens=step_tokens, queue_requests_max=5, queue_tokens_max=800
+            self.index, slots=slots, step_tokens=step_tokens, queue_requests_max=5, queue_tokens_max=800
         )
         self.waiting: list[Job[int]] = []
         self.started: list[Job[int]] = []
@@ -48,9 +76,14 @@ class PrefillMachine(RuleBasedStateMachine):
         self.count = 0
         self.seen_generations: set[tuple[SlabKind, int]] = set()
 
-    @rule(tokens=st.integers(1, 640), patience_s=st.sampled_from([1.0, 5.0, 1e9]), priority=st.integers(0, 1))
-    def submit(self, tokens: int, patience_s: float, priority: int) -> None:
-        job = Job(tokens, self.now_s + patience_s, self.count, priority)
+    @rule(
+        tokens=st.integers(1, 640),
+        patience_s=st.sampled_from([1.0, 5.0, 1e9]),
+        priority=st.integers(0, 1),
+        family=st.sampled_from([None, 0, 0, 1]),
+    )
+    def submit(self, tokens: int, patience_s: float, priority: int, family: int | None) -> None:
+        job = a_job(tokens, self.now_s + patience_s, self.count, priority, family)
         queued = sum(j.tokens for j in self.waiting)
         if tokens // BLOCK > self.pools.blocks.count:
             with pytest.raises(InvalidRequestError, match=f"{tokens} tokens needs {tokens // BLOCK} KV blocks"):
@@ -72,7 +105,7 @@ class PrefillMachine(RuleBasedStateMachine):
 
     @rule()
     def step(self) -> None:
-        free = [*self._free(), self.scheduler.slots.free]
+        room, before = {job.payload: self._has_room(job) for job in self.waiting}, list(self.started)
         step = self.scheduler.next_step(self.now_s)
         for job in step.late:
             assert self.now_s >= job.deadline_s
@@ -86,23 +119,23 @@ class PrefillMachine(RuleBasedStateMachine):
                 self._check(chunk.job)
         assert sum(chunk.tokens for chunk in step.chunks) <= self.step_tokens
         if here:
-            self._check_head(here[0], step.chunks, free)
+            assert sum(chunk.tokens for chunk in step.chunks if chunk.job is here[0]) or not room[here[0].payload]
+            self._check_head(here[0], step.chunks, before)
         self.scheduler.advance(step.chunks, 1e-6, self.now_s)
         for chunk in step.chunks:
+            publish(self.index, chunk.job)
             if chunk.job.computed == chunk.job.tokens:
                 self.started.remove(chunk.job)
                 self.leased.append(chunk.job)
                 assert not self.scheduler.remove(chunk.job), "it is not here any more"
 
-    def _check_head(self, head: Job[int], chunks: list[Chunk[int]], free: list[int]) -> None:
+    def _check_head(self, head: Job[int], chunks: list[Chunk[int]], before: list[Job[int]]) -> None:
         """Whoever is first advances by half a step at least, unless its slabs are not free; then nobody else starts."""
         of_head = sum(chunk.tokens for chunk in chunks if chunk.job is head)
         if of_head:
             assert of_head >= min(head.left, self.step_tokens / 2)
         else:
-            needs = [*self._needs(head.tokens), 1]
-            assert any(n > f for n, f in zip(needs, free, strict=True)), "the first one could have been started"
-            assert all(chunk.job.computed for chunk in chunks), "the first one was overtaken"
+            assert all(chunk.job in before for chunk in chunks), "the first one was overtaken"
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
@@ -112,6 +145,17 @@ class PrefillMachine(RuleBasedStateMachine):
             assert self.scheduler.remove(job)
             assert not self.scheduler.remove(job)
             self._forget(job)
+
+    @precondition(lambda self: self.started)
+    @rule(data=st.data())
+    def find_a_reused_block_broken(self, data: st.DataObject) -> None:
+        job = data.draw(st.sampled_from(self.started))
+        if job.run:
+            self.index.discard(data.draw(st.sampled_from(job.run)))
+            self.scheduler.restart(job)
+            assert (job.left, list(job.slabs), job.run) == (job.tokens, [], [])
+            self.started.remove(job)
+            self.waiting.append(job)
 
     @precondition(lambda self: self.leased)
     @rule(data=st.data())
@@ -127,9 +171,10 @@ class PrefillMachine(RuleBasedStateMachine):
         assert self.scheduler.running_requests == len(self.started)
         assert self.scheduler.queued_tokens == sum(job.tokens for job in self.waiting)
         for kind, allocator in zip(KINDS, (self.pools.blocks, self.pools.tails, self.pools.sinks), strict=True):
-            held = [slab for job in self.started + self.leased for slab in job.slabs.of(kind)]
-            assert len(set(held)) == len(held), f"a slab of {kind.name} was given out twice"
-            assert allocator.free + len(held) == allocator.count
+            jobs = self.started + self.leased
+            held = {(slab, _content(job, kind, i)) for job in jobs for i, slab in enumerate(job.slabs.of(kind))}
+            assert len({slab for slab, _ in held}) == len(held), f"a slab of {kind.name} was given out twice"
+            assert self.pools.available(kind) + len(held) == allocator.count
         slots = [job.slot for job in self.started]
         assert len(set(slots)) == len(slots)
 
@@ -143,8 +188,11 @@ class PrefillMachine(RuleBasedStateMachine):
             left = [job.left for job in (*self.waiting, *self.started)]
             self.step()
             assert sum(left) > sum(job.left for job in (*self.waiting, *self.started)) or not left, "nobody advances"
-        for allocator in (self.pools.blocks, self.pools.tails, self.pools.sinks, self.scheduler.slots):
-            assert allocator.free == allocator.count
+        for kind, allocator in zip(KINDS, (self.pools.blocks, self.pools.tails, self.pools.sinks), strict=True):
+            assert self.pools.available(kind) == allocator.count
+        assert self.scheduler.slots.free == self.scheduler.slots.count
+        self.index.make_room({SlabKind.BLOCK: self.pools.blocks.count})
+        assert len(self.index) == 0
 
     def _forget(self, job: Job[int]) -> None:
         assert (job in self.waiting) != (job in self.started)
@@ -153,7 +201,9 @@ class PrefillMachine(RuleBasedStateMachine):
 
     def _check(self, job: Job[int]) -> None:
         assert [len(job.slabs.of(kind)) for kind in KINDS] == self._needs(job.tokens)
-        names = list(zip((kind for kind, _ in job.slabs), job.generations, strict=True))
+        assert job.reused_blocks <= max(0, job.tokens - 1) // BLOCK, "no token is left to be computed"
+        reused = {slab for block in job.run for slab in block.slabs}
+        names = [(slab[0], generation) for slab, generation in job.generations.items() if slab not in reused]
         assert self.seen_generations.isdisjoint(names), "a generation was given out twice"
         self.seen_generations.update(names)
 
@@ -162,8 +212,17 @@ class PrefillMachine(RuleBasedStateMachine):
         full, rest = divmod(tokens, BLOCK)
         return [full, 1 if rest else 0, 1 if full and self.has_sinks else 0]
 
-    def _free(self) -> list[int]:
-        return [self.pools.blocks.free, self.pools.tails.free, self.pools.sinks.free]
+    def _has_room(self, job: Job[int]) -> bool:
+        slabs = self.index.hold(self.index.find(job.names[: job.reusable_blocks]))
+        missing = self.pools.missing(slabs, job.tokens, tail_of=job.tokens)
+        fits = self.pools.can_have(missing)
+        self.pools.give_back(slabs)
+        return fits and self.scheduler.slots.free > 0
+
+
+def _content(job: Job[int], kind: SlabKind, i: int) -> object:
+    """What the i-th slab of a kind holds: two jobs may only share what is the same."""
+    return (i, job.names[i]) if kind is not SlabKind.TAIL and i < len(job.names) else (i, job.payload)
 
 
 PrefillMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
@@ -172,7 +231,7 @@ TestPrefillScheduler = PrefillMachine.TestCase
 
 def a_scheduler(step_tokens: int = 256, blocks: int = 1000) -> PrefillScheduler[int]:
     return PrefillScheduler(
-        pools_of("raw", blocks, 100, 1),
+        PrefixIndex(pools_of("raw", blocks, 100, 1)),
         slots=32,
         step_tokens=step_tokens,
         queue_requests_max=100,
@@ -185,6 +244,8 @@ def run_step(scheduler: PrefillScheduler[int], seconds: float = 0.0, now_s: floa
     chunks = scheduler.next_step(now_s).chunks
     tokens = {chunk.job.payload: chunk.tokens for chunk in chunks}
     scheduler.advance(chunks, seconds, now_s + seconds)
+    for chunk in chunks:
+        publish(scheduler.index, chunk.job)
     return tokens
 
 
@@ -241,6 +302,65 @@ def test_what_can_no_longer_be_in_time_is_dropped() -> None:
     assert (step.late, step.chunks) == ([job], []), "768 tokens in 0.7 s are more than twice 512 tokens/s"
     scheduler.pools.give_back(job.slabs)
     scheduler.check_integrity()
+
+
+def test_the_same_prompt_is_computed_once() -> None:
+    scheduler = a_scheduler(step_tokens=4 * BLOCK)
+    jobs = [a_job(6 * BLOCK + 10, 1e9, payload, family=0) for payload in range(3)]
+    for job in jobs:
+        scheduler.submit(job, 0.0)
+    assert run_step(scheduler) == {0: 4 * BLOCK}, "the others wait for the first one"
+    assert run_step(scheduler) == {0: 2 * BLOCK + 10}, "which is not yet behind the last block that they share"
+    assert run_step(scheduler) == {1: 10, 2: 10}
+    assert [job.reused_blocks for job in jobs] == [0, 6, 6]
+    assert jobs[0].slabs.blocks == jobs[1].slabs.blocks == jobs[2].slabs.blocks
+
+
+def test_who_waits_for_a_block_goes_on_where_the_other_parts_from_it() -> None:
+    scheduler = a_scheduler(step_tokens=2 * BLOCK)
+    first, second = (a_job(8 * BLOCK, 1e9, payload, family=payload) for payload in range(2))
+    second.names = [*first.names[:2], *second.names[2:]]
+    for job in (first, second):
+        scheduler.submit(job, 0.0)
+    assert run_step(scheduler) == {0: 2 * BLOCK}
+    assert run_step(scheduler) == {0: 2 * BLOCK}, (
+        "the first in line goes first, but nothing hinders the second any more"
+    )
+    scheduler.remove(first)
+    scheduler.pools.give_back(first.slabs)
+    assert run_step(scheduler) == {1: 2 * BLOCK}
+    assert second.reused_blocks == 2
+
+
+def test_when_the_one_that_was_waited_for_goes_away_another_computes() -> None:
+    scheduler = a_scheduler(step_tokens=2 * BLOCK)
+    first, second = (a_job(8 * BLOCK, 1e9, payload, family=0) for payload in range(2))
+    for job in (first, second):
+        scheduler.submit(job, 0.0)
+    assert run_step(scheduler) == {0: 2 * BLOCK}
+    scheduler.remove(first)
+    scheduler.pools.give_back(first.slabs)
+    assert run_step(scheduler) == {1: 2 * BLOCK}
+    assert (second.reused_blocks, second.computed) == (2, 4 * BLOCK)
+
+
+def test_a_higher_priority_does_not_wait_for_a_lower_one() -> None:
+    scheduler = a_scheduler(step_tokens=2 * BLOCK)
+    scheduler.submit(a_job(8 * BLOCK, 1e9, 0, family=0), 0.0)
+    assert run_step(scheduler) == {0: 2 * BLOCK}
+    scheduler.submit(a_job(8 * BLOCK, 1e9, 1, priority=1, family=0), 0.0)
+    assert run_step(scheduler) == {1: 2 * BLOCK}
+
+
+def test_what_is_there_does_not_make_a_prompt_late() -> None:
+    scheduler = a_scheduler()
+    scheduler.submit(a_job(1024, 1e9, 0, family=0), 0.0)
+    for step in range(4):
+        run_step(scheduler, seconds=0.5, now_s=0.5 * step)
+    with pytest.raises(DeadlineError):
+        scheduler.submit(a_job(1024, 2.5, 1, family=1), 2.0)
+    scheduler.submit(a_job(1024, 2.5, 2, family=0), 2.0)
+    assert run_step(scheduler, now_s=2.0) == {2: BLOCK}
 
 
 @pytest.mark.parametrize("field", ["queued_tokens", "_started"])

@@ -6,7 +6,18 @@ from contextlib import ExitStack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipserve.router.policy import InFlight, Need, Pair, Worker, WorkerKey, choose, choose_alone, missing
+from zipserve.router.policy import (
+    InFlight,
+    Need,
+    Pair,
+    PrefillScore,
+    Worker,
+    WorkerKey,
+    choose,
+    choose_alone,
+    missing,
+    prefill_scores,
+)
 
 NEED = Need("m", "r1", tokens=100)
 
@@ -118,6 +129,22 @@ def test_own_requests_count_before_the_next_heartbeat() -> None:
     pair = choose([busy, idle], [worker("d1")], NEED, in_flight)
     assert pair is not None
     assert pair.prefill is busy
+
+
+def test_a_cached_prefix_is_worth_the_tokens_that_it_saves() -> None:
+    cold, warm, decodes = worker("p1"), worker("p2", queued_tokens=700), [worker("d1")]
+    for saved, best in ((699, cold), (701, warm)):
+        pair = choose([cold, warm], decodes, NEED, InFlight(), (), {cold.key: 1000, warm.key: 1000 - saved})
+        assert pair is not None
+        assert pair.prefill is best
+
+
+def test_scores_explain_the_choice() -> None:
+    in_flight = InFlight()
+    prefills = [worker("p1", queued_tokens=9), worker("p2")]
+    with in_flight.prefilling(prefills[1], 5):
+        scores = prefill_scores(prefills, in_flight, {("p1", 1)}, {("p1", 1): 100, ("p2", 1): 20})
+    assert scores == [PrefillScore(1, 109, 0, "p1"), PrefillScore(0, 25, 0, "p2")]
 
 
 def test_decode_prefers_free_blocks_among_equally_busy() -> None:

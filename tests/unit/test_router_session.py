@@ -32,6 +32,7 @@ from zipserve.router.choice import Choice, Report
 from zipserve.router.detokenizer import Detokenizer
 from zipserve.router.job import Job
 from zipserve.router.policy import InFlight, Need, Worker
+from zipserve.router.prefixes import Prefixes
 from zipserve.router.session import Rules, Session
 from zipserve.router.transcript import Chunk, Transcript
 from zipserve.v1.decode_service_pb2 import (
@@ -201,6 +202,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.in_flight = InFlight()
+        self.prefixes = Prefixes(1000)
         self.deadline = Deadline(self.deadline_s)
         job = Job("r1", PROMPT, Sampling(seed=1), self.max_tokens, self.stop, frozenset({STOP_ID}))
         self.transcript = Transcript(job, Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids), ()))
@@ -213,6 +215,7 @@ class Run:
             Need("m", "r", self.choice.job.tokens_max),
             self.workers,
             self.in_flight,
+            self.prefixes,
             self.deadline,
             self.rules,
             self.metrics,

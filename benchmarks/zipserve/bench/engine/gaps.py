@@ -30,7 +30,7 @@ class Load:
     vocab_tokens: int
     streams: int = 8
     stream_prompt_tokens: int = 128
-    stream_tokens: int = 1500
+    stream_tokens: int = 2500
     """Most tokens of a stream; they are cancelled when all is measured."""
     quiet_tokens: int = 60
     """Tokens of every stream before a long prompt comes."""

@@ -37,7 +37,8 @@ def share(prompts: Iterable[C], step_tokens: int, may_take: Callable[[C], bool] 
 
     Args:
         step_tokens: of all together, at most.
-        may_take: asked before a prompt gets its first tokens of the step; False passes it over.
+        may_take: asked before a prompt gets its first tokens of the step; False passes it over. It may find that
+            less of the prompt is left.
 
     Returns:
         Tokens by prompt, only those that get any.
@@ -52,8 +53,11 @@ def share(prompts: Iterable[C], step_tokens: int, may_take: Callable[[C], bool] 
     free = step_tokens
     half = -(-step_tokens // 2)
     for prompt, offer in ((head, half), *((p, free) for p in shorter), (head, free), *((p, free) for p in others)):
-        tokens = min(offer, free, prompt.left - shares.get(prompt, 0))
-        if tokens and (prompt in shares or may_take(prompt)):
-            shares[prompt] = shares.get(prompt, 0) + tokens
+        if not offer or not free or not (prompt in shares or may_take(prompt)):
+            continue
+        taken = shares.get(prompt, 0)
+        tokens = min(offer, free, prompt.left - taken)
+        if tokens:
+            shares[prompt] = taken + tokens
             free -= tokens
     return shares

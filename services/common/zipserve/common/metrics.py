@@ -44,6 +44,17 @@ class Metrics:
             "zipserve_kv_bits_per_value", "All-in bits of a K or V element in a sealed block", registry=self.registry
         )
         self.free_blocks = Gauge("zipserve_kv_blocks_free", "Slabs of the block arena free", registry=self.registry)
+        self.cached_blocks = Gauge(
+            "zipserve_kv_blocks_cached", "Blocks that prompts with the same prefix find, in use or not",
+            registry=self.registry,
+        )  # fmt: skip
+        self.prefix_blocks = Counter(
+            "zipserve_kv_prefix_blocks", "Full blocks of prompts that were looked for, by outcome: hit or miss",
+            ["outcome"], registry=self.registry,
+        )  # fmt: skip
+        self.prefix_evictions = Counter(
+            "zipserve_kv_prefix_evictions", "Cached blocks that made room for others", registry=self.registry
+        )
         self.queued_requests = Gauge("zipserve_queued_requests", "Requests waiting", registry=self.registry)
         self.running_requests = Gauge("zipserve_running_requests", "Requests being computed", registry=self.registry)
         self.parked_requests = Gauge(

@@ -13,3 +13,6 @@ class PrefillSettings(WorkerSettings):
 
     lease_ttl_s: float = Field(default=10.0, gt=0.0)
     """Time for which finished KV waits for its reader without a heartbeat, in seconds."""
+    prefix_blocks_max: int | None = Field(default=None, ge=0)
+    """Most blocks that later prompts with the same prefix find, those in use included. They take no slab that a prompt
+    needs. 0: none, every prompt is computed fully. Unset: as many as there are slabs."""

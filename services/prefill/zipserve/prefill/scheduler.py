@@ -1,12 +1,15 @@
 """Which tokens of which prompts are computed next, and in which slabs. Pure: no clock, no device, no I/O."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from zipserve.common.chunking import rank, share
 from zipserve.common.errors import DeadlineError, InvalidRequestError, OverloadedError
 from zipserve.common.kv.allocator import SlabAllocator
-from zipserve.common.kv.pools import SlabPools, Slabs
+from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.pools import Slabs
+from zipserve.common.kv.prefix_index import CachedBlock, PrefixIndex
 from zipserve.prefill.throughput import Throughput
 
 T = TypeVar("T")
@@ -22,16 +25,24 @@ class Job(Generic[T]):
     payload: T
     priority: int = 0
     """Higher goes first; first come, first served within."""
+    names: Sequence[bytes] = ()
+    """Chained hashes of its full blocks; empty where none is to be found by others."""
+    reusable_blocks: int = 0
+    """How many of them it may take from the index; not all of its tokens: the last one has to be computed."""
     number: int = field(default=-1, init=False)
     """Of its arrival."""
     computed: int = field(default=0, init=False)
-    """Tokens that are done."""
+    """Tokens that are done, those that it found in the index included."""
+    run: list[CachedBlock] = field(default_factory=list, init=False)
+    """Its first blocks, as far as they are those of the index."""
+    reused_blocks: int = field(default=0, init=False)
+    """How many of them were there when it was started."""
     slot: int = field(default=-1, init=False)
     """-1 while it waits."""
     slabs: Slabs = field(default_factory=Slabs, init=False)
     """All that it will fill, from its first step on; they outlive the computation, with their lease."""
-    generations: list[int] = field(default_factory=list, init=False)
-    """Of the slabs, in their order."""
+    generations: dict[tuple[SlabKind, int], int] = field(default_factory=dict, init=False)
+    """Of the slabs."""
 
     @property
     def left(self) -> int:
@@ -64,20 +75,22 @@ class Step(Generic[T]):
 class PrefillScheduler(Generic[T]):
     """Shares every step out among the prompts (`zipserve.common.chunking`), by priority, then by arrival.
 
-    A prompt takes its slot and all its slabs at its first step. When those of the first in line are not free, nobody
-    else starts either, until leases end.
+    A prompt takes its slot and all its slabs at its first step: those of the blocks that the index has, and its own for
+    the rest, for which the index makes room. When there is none for the first in line, nobody else starts either, until
+    leases end. A prompt does not start while one before it computes the block that it needs next.
     """
 
     def __init__(
         self,
-        pools: SlabPools,
+        index: PrefixIndex,
         *,
         slots: int,
         step_tokens: int,
         queue_requests_max: int,
         queue_tokens_max: int,
     ) -> None:
-        self.pools = pools
+        self.index = index
+        self.pools = index.pools
         self.slots = SlabAllocator(slots, "slots")
         self._step_tokens = step_tokens
         self._queue_requests_max = queue_requests_max
@@ -114,7 +127,7 @@ class PrefillScheduler(Generic[T]):
                 field="token_ids",
             )
         if self._is_late(job, now_s):
-            takes_s = self._throughput.seconds_at_least(job.tokens, now_s)
+            takes_s = self._throughput.seconds_at_least(self._to_compute(job), now_s)
             raise DeadlineError(
                 f"a prompt of {job.tokens} tokens takes {takes_s:.2f} s at least, "
                 f"its deadline is in {max(0.0, job.deadline_s - now_s):.2f} s"
@@ -127,8 +140,7 @@ class PrefillScheduler(Generic[T]):
             )
         self._arrivals += 1
         job.number = self._arrivals
-        self._waiting.append(job)
-        self.queued_tokens += job.tokens
+        self._wait(job)
 
     def remove(self, job: Job[T]) -> bool:
         """Takes a job out that waits or is between two steps; False when it is not here (any more).
@@ -143,6 +155,14 @@ class PrefillScheduler(Generic[T]):
         else:
             return False
         return True
+
+    def restart(self, job: Job[T]) -> None:
+        """Sends a job that was started back to the queue, without its slabs: it starts anew from what is sound."""
+        self._stop(job)
+        self.pools.give_back(job.slabs)
+        job.computed, job.reused_blocks = 0, 0
+        job.run.clear()
+        self._wait(job)
 
     def next_step(self, now_s: float) -> Step[T]:
         """Plans the next step; it has no chunks when there is nothing to compute, or no slabs to compute it in."""
@@ -164,20 +184,57 @@ class PrefillScheduler(Generic[T]):
                 self._stop(chunk.job)
 
     def _is_late(self, job: Job[T], now_s: float) -> bool:
-        return now_s + self._throughput.seconds_at_least(job.left, now_s) >= job.deadline_s
+        def comes_late(tokens: int) -> bool:
+            return now_s + self._throughput.seconds_at_least(tokens, now_s) >= job.deadline_s
+
+        return comes_late(job.left) and comes_late(self._to_compute(job))
+
+    def _to_compute(self, job: Job[T]) -> int:
+        """Tokens of a job that are to be computed for it alone."""
+        if job.slot >= 0:
+            return job.left
+        found = len(self.index.find(job.names[: job.reusable_blocks]))
+        while found < job.reusable_blocks and any(self._computes(other, job, found) for other in self._started):
+            found += 1
+        return job.left - found * self.pools.block_tokens
 
     def _try_start(self, job: Job[T]) -> bool:
         """Whether a job has, or now gets, its slot and slabs."""
         if job.slot >= 0:
             return True
-        slabs = self.pools.try_take(job.tokens, tail_of=job.tokens) if self.slots.free else None
-        if slabs is None:
+        run = self.index.find(job.names[: job.reusable_blocks])
+        if not self.slots.free or self._is_ahead(job, len(run)):
             return False
+        slabs = self.index.hold(run)
+        missing = self.pools.missing(slabs, job.tokens, tail_of=job.tokens)
+        if not self.pools.can_have(missing):
+            self.pools.give_back(slabs)
+            return False
+        self.index.note_request(job.names)
+        self.index.make_room(missing)
+        self.pools.try_extend(slabs, job.tokens, tail_of=job.tokens)
         self.remove(job)
+        job.run, job.reused_blocks, job.computed = run, len(run), len(run) * self.pools.block_tokens
         job.slabs, job.slot = slabs, self.slots.take(1)[0]
-        job.generations = [self.pools.generation(*slab) for slab in slabs]
+        job.generations = {slab: self.pools.generation(*slab) for slab in slabs}
         self._started.append(job)
         return True
+
+    def _is_ahead(self, job: Job[T], block: int) -> bool:
+        """Whether somebody before a job computes the block that it needs next: then it is computed once."""
+        if block >= job.reusable_blocks:
+            return False
+        return any(rank(other) < rank(job) and self._computes(other, job, block) for other in self._started)
+
+    def _computes(self, other: Job[T], job: Job[T], block: int) -> bool:
+        """Whether another job, which has been started, will compute a block of this one and put it into the index."""
+        if block >= len(other.names) or other.names[block] != job.names[block]:
+            return False
+        return len(other.run) == self.pools.sealed_blocks(other.computed) <= block
+
+    def _wait(self, job: Job[T]) -> None:
+        self._waiting.append(job)
+        self.queued_tokens += job.tokens
 
     def _stop(self, job: Job[T]) -> None:
         self._started.remove(job)
@@ -187,6 +244,7 @@ class PrefillScheduler(Generic[T]):
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
         self.pools.check_integrity()
+        self.index.check_integrity()
         self.slots.check_integrity()
         if self.queued_tokens != sum(job.tokens for job in self._waiting):
             raise AssertionError("queued_tokens does not match the queue")

@@ -5,15 +5,17 @@ import asyncio
 import grpc
 
 from zipserve.common.kv.pools import SlabPools
+from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.source import KvSource
 from zipserve.common.transport import Transport, TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
 from zipserve.engine.device import Device
 from zipserve.prefill.config import PrefillSettings
+from zipserve.prefill.prompt import Prompt
 from zipserve.prefill.scheduler import PrefillScheduler
 from zipserve.prefill.servicer import PrefillServicer
-from zipserve.prefill.worker import PrefillWorker, Prompt
+from zipserve.prefill.worker import PrefillWorker
 from zipserve.v1 import kv_transfer_service_pb2_grpc, prefill_service_pb2_grpc
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
@@ -34,8 +36,9 @@ class PrefillService:
         await device.start()
         self.metrics.bits_per_value.set(device.layout.bits_per_value())
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_PREFILL, address)
+        pools = SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks)
         self.scheduler: PrefillScheduler[Prompt] = PrefillScheduler(
-            SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks),
+            PrefixIndex(pools, settings.prefix_blocks_max),
             slots=settings.sequences_max,
             step_tokens=device.step_tokens,
             queue_requests_max=settings.queue_requests_max,
@@ -75,6 +78,7 @@ class PrefillService:
             running_requests=self.scheduler.running_requests,
             leases=self.source.leases,
             draining=self.worker.draining,
+            idle_blocks=self.scheduler.pools.blocks.idle,
             **self.scheduler.pools.levels(),
         )
 

@@ -40,7 +40,12 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             for choice in range(request.choices or 1)
         ]
         done = await self._worker.prefill(
-            request.request_id, list(request.token_ids), samplers, deadline.at_s, request.priority
+            request.request_id,
+            list(request.token_ids),
+            samplers,
+            deadline.at_s,
+            request.priority,
+            request.cache_salt,
         )
         return prefill_service_pb2.PrefillResponse(
             token_id=done.drawn[0].token_id,
@@ -53,6 +58,7 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
                 prefill_service_pb2.FirstToken(token_id=drawn.token_id, logprobs=drawn.logprobs)
                 for drawn in done.drawn[1:]
             ],
+            cached_tokens=done.cached_tokens,
         )
 
     async def ReleaseHandle(

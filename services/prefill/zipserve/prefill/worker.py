@@ -2,62 +2,32 @@
 
 import asyncio
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, KvValueError, UnavailableError, ZipserveError
-from zipserve.common.kv import header, prefix
-from zipserve.common.kv.header import SlabIdentity
-from zipserve.common.kv.layout import HEADER_BYTES
+from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
+from zipserve.common.kv.prefix import chain_salt, prefix_hashes
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
 from zipserve.engine.logprobs import prompt_logprobs
 from zipserve.engine.sampling import Drawn, Sampler, draw
 from zipserve.engine.sequence import Segment, Sequence
+from zipserve.prefill.prompt import Prefilled, Prompt
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
+from zipserve.prefill.sealing import Sealer
 from zipserve.v1 import kv_pb2
-from zipserve.v1.sampling_pb2 import TokenLogprobs
 
 _log = log.get()
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """A computed prompt."""
-
-    drawn: list[Drawn]
-    """The token after it, of each choice."""
-    prompt_logprobs: list[TokenLogprobs]
-    """Of its tokens but the first, if they were asked for."""
-    handle: kv_pb2.KvHandle
-    queue_s: float
-    compute_s: float
-
-
-@dataclass
-class Prompt:
-    """What is to be computed, and the future that its caller awaits."""
-
-    request_id: str
-    token_ids: list[int]
-    samplers: list[Sampler]
-    """Of each choice."""
-    submitted_s: float
-    result: "asyncio.Future[Prefilled]"
-    started_s: float = 0.0
-    """When its first step began."""
-    sequence: Sequence | None = None
-    """From then on."""
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    """Of the tokens computed so far but the first, and of the next one, if they are asked for."""
-
-
-@dataclass(frozen=True)
 class _Computed:
     drawn: list[Drawn]
-    refs: list[kv_pb2.BlockRef]
+    tail: list[kv_pb2.BlockRef]
+    """One, unless the prompt ends with a block."""
 
 
 _Outcome = _Computed | ZipserveError | None
@@ -72,14 +42,23 @@ class PrefillWorker:
         self._scheduler = scheduler
         self._source = source
         self._metrics = metrics
+        self._sealer = Sealer(device)
         self._stepping: list[Job[Prompt]] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
+        scheduler.pools.on_free = self._sealer.poison
+        scheduler.index.on_evicted = lambda _: metrics.prefix_evictions.inc()
 
     async def prefill(
-        self, request_id: str, token_ids: list[int], samplers: list[Sampler], deadline_s: float, priority: int = 0
+        self,
+        request_id: str,
+        token_ids: list[int],
+        samplers: list[Sampler],
+        deadline_s: float,
+        priority: int = 0,
+        cache_salt: str = "",
     ) -> Prefilled:
         """Computes a prompt when its turn comes. Cancelling frees all that it holds before the next step.
 
@@ -87,6 +66,7 @@ class PrefillWorker:
             samplers: of each choice that is wanted; at least one.
             deadline_s: on time.monotonic()'s clock.
             priority: higher goes first.
+            cache_salt: prompts with other ones share no block with this one.
 
         Raises:
             DrainingError, OverloadedError, InvalidRequestError: it was not accepted.
@@ -97,7 +77,9 @@ class PrefillWorker:
             raise DrainingError("this prefill worker is going away")
         result: asyncio.Future[Prefilled] = asyncio.get_running_loop().create_future()
         now_s = time.monotonic()
-        job = Job(len(token_ids), deadline_s, Prompt(request_id, token_ids, samplers, now_s, result), priority)
+        layout = self._device.layout
+        names = prefix_hashes(token_ids, layout.block_tokens, chain_salt(layout.fingerprint, cache_salt))
+        job = self._job(Prompt(request_id, token_ids, samplers, names, now_s, result), deadline_s, priority)
         self._scheduler.submit(job, now_s)
         self._note_levels()
         self._idle.clear()
@@ -111,6 +93,15 @@ class PrefillWorker:
         except asyncio.CancelledError:
             self._abandon(job)
             raise
+
+    def _job(self, prompt: Prompt, deadline_s: float, priority: int) -> Job[Prompt]:
+        job = Job(len(prompt.token_ids), deadline_s, prompt, priority)
+        if not self._scheduler.index.is_off:
+            block_tokens = self._device.layout.block_tokens
+            job.names = prompt.names[: job.tokens // block_tokens]
+            if prompt.samplers[0].params.prompt_logprobs is None:  # else the logits of every token are needed
+                job.reusable_blocks = (job.tokens - 1) // block_tokens
+        return job
 
     def _abandon(self, job: Job[Prompt]) -> None:
         """Nobody waits for the result any more."""
@@ -127,9 +118,7 @@ class PrefillWorker:
         self._note_idle()
 
     def free(self, slabs: Slabs) -> None:
-        """Takes slabs back; poisoned first, so that a late reader notices."""
-        for kind, slab in slabs:
-            header.poison(self._device.slab_view(kind, slab))
+        """Takes slabs back."""
         self._scheduler.pools.give_back(slabs)
         self._note_levels()
         self._work.set()
@@ -157,22 +146,66 @@ class PrefillWorker:
         started_s = time.monotonic()
         self._stepping = [chunk.job for chunk in chunks]
         self._note_levels()
-        for job in self._stepping:
-            if job.payload.sequence is None:
-                job.payload.started_s = started_s
-                job.payload.sequence = Sequence(job.slabs.blocks, job.slot, sinks=next(iter(job.slabs.sinks), -1))
+        starting = [job for job in self._stepping if job.payload.sequence is None]
+        for job in starting:
+            self._start(job, started_s)
+        refused = await self._refused([job for job in starting if job.run])
+        chunks = [chunk for chunk in chunks if chunk.job not in refused]
+        outcomes = await self._try_compute(chunks) if chunks else []
+        self._stepping = []
+        ended_s = time.monotonic()
+        if chunks:
+            self._metrics.step_seconds.observe(ended_s - started_s)
+        self._scheduler.advance(chunks, ended_s - started_s, ended_s)
+        for chunk, outcome in zip(chunks, outcomes, strict=True):
+            self._publish(chunk.job)
+            self._finish(chunk.job, outcome, ended_s)
+        for job in refused:
+            self._restart(job)
+
+    def _start(self, job: Job[Prompt], now_s: float) -> None:
+        prompt = job.payload
+        prompt.started_s = now_s
+        prompt.sequence = Sequence(job.slabs.blocks, job.slot, job.computed, sinks=next(iter(job.slabs.sinks), -1))
+        prompt.sealed = [block.refs for block in job.run]
+        self._metrics.prefix_blocks.labels("hit").inc(len(job.run))
+        self._metrics.prefix_blocks.labels("miss").inc(job.reusable_blocks - len(job.run))
+
+    async def _refused(self, jobs: list[Job[Prompt]]) -> list[Job[Prompt]]:
+        """Those of which a reused block is not what it should be; it leaves the index."""
+        refused = []
+        for job in jobs:
+            unsound = await self._device.run(self._sealer.first_unsound, job.run)
+            if unsound is not None:
+                error = unsound.error
+                self._metrics.handoff_failures.labels(error.reason).inc()
+                _log.error("block.unsound", reason=error.reason, error=error.message)
+                self._scheduler.index.discard(unsound.block)
+                refused.append(job)
+        return refused
+
+    def _restart(self, job: Job[Prompt]) -> None:
+        prompt = job.payload
+        if prompt.result.done():  # nobody waits any more
+            self._drop(job)
+            return
+        self._scheduler.restart(job)
+        prompt.sequence = None
+        prompt.sealed.clear()
+
+    async def _try_compute(self, chunks: list[Chunk[Prompt]]) -> list[_Outcome]:
         try:
-            outcomes = await self._device.run(self._compute, chunks)
+            return await self._device.run(self._compute, chunks)
         except Exception:  # noqa: BLE001  # one bad step must not end the worker
             _log.exception("step.failed", requests=[job.payload.request_id for job in self._stepping])
             error = UnavailableError("computing the prompt failed; the worker's log has the details")
-            outcomes = [error for _ in chunks]
-        self._stepping = []
-        ended_s = time.monotonic()
-        self._metrics.step_seconds.observe(ended_s - started_s)
-        self._scheduler.advance(chunks, ended_s - started_s, ended_s)
-        for chunk, outcome in zip(chunks, outcomes, strict=True):
-            self._finish(chunk.job, outcome, ended_s)
+            return [error for _ in chunks]
+
+    def _publish(self, job: Job[Prompt]) -> None:
+        """Lets others find the blocks that the last step has sealed."""
+        for block in range(len(job.run), min(len(job.names), len(job.payload.sealed))):
+            if not self._scheduler.index.extend(job.run, job.names[block], job.payload.sealed[block]):
+                break
 
     def _finish(self, job: Job[Prompt], outcome: _Outcome, ended_s: float) -> None:
         prompt = job.payload
@@ -181,16 +214,21 @@ class PrefillWorker:
         if prompt.result.done():  # it has failed, or nobody waits any more
             self._drop(job)
         elif isinstance(outcome, _Computed):
-            handle = self._source.issue(outcome.refs, len(prompt.token_ids), job.slabs)
+            refs = [ref for block in prompt.sealed for ref in block] + outcome.tail
+            handle = self._source.issue(refs, len(prompt.token_ids), job.slabs)
             self._metrics.prompt_tokens.inc(len(prompt.token_ids))
+            cached_tokens = job.reused_blocks * self._device.layout.block_tokens
             queue_s, compute_s = prompt.started_s - prompt.submitted_s, ended_s - prompt.started_s
-            prompt.result.set_result(Prefilled(outcome.drawn, prompt.logprobs, handle, queue_s, compute_s))
+            prompt.result.set_result(
+                Prefilled(outcome.drawn, prompt.logprobs, handle, cached_tokens, queue_s, compute_s)
+            )
 
     def _note_levels(self) -> None:
         scheduler, metrics = self._scheduler, self._metrics
         metrics.queued_requests.set(scheduler.queued_requests)
         metrics.running_requests.set(scheduler.running_requests)
-        metrics.free_blocks.set(scheduler.pools.blocks.free)
+        metrics.free_blocks.set(scheduler.pools.available(SlabKind.BLOCK))
+        metrics.cached_blocks.set(len(scheduler.index))
 
     def _note_idle(self) -> None:
         self._note_levels()
@@ -211,36 +249,16 @@ class PrefillWorker:
             prompts[i].logprobs += prompt_logprobs(
                 rows, prompts[i].token_ids, chunks[i].job.computed, prompts[i].samplers[0].params.prompt_logprobs or 0
             )
+        for i, chunk in enumerate(chunks):
+            if outcomes[i] is None:
+                self._sealer.seal_blocks(chunk)
         for i in last:
             drawn = [token for token, owner in zip(tokens, owners, strict=True) if owner == i]
             try:
-                outcomes[i] = outcomes[i] or _Computed(drawn, self._seal(chunks[i].job))
+                outcomes[i] = outcomes[i] or _Computed(drawn, self._sealer.seal_tail(chunks[i].job))
             except KvValueError as error:
                 outcomes[i] = error
         return outcomes
-
-    def _seal(self, job: Job[Prompt]) -> list[kv_pb2.BlockRef]:
-        layout, token_ids = self._device.layout, job.payload.token_ids
-        hashes = prefix.prefix_hashes(token_ids, layout.block_tokens, layout.fingerprint)
-        rest = len(token_ids) % layout.block_tokens
-        if rest:
-            self._device.cache.pack_tail(job.slot, rest, job.slabs.tails[0])
-        refs = []
-        parts = layout.slabs_of(len(token_ids))
-        for (kind, slab), generation, (_, position, tokens) in zip(job.slabs, job.generations, parts, strict=True):
-            identity = SlabIdentity(
-                kind=kind,
-                fingerprint=layout.fingerprint,
-                incarnation=self._device.incarnation,
-                generation=generation,
-                start_position=position,
-                tokens=tokens,
-                payload_bytes=layout.payload_bytes(kind, tokens),
-                prefix_hash=hashes[position // layout.block_tokens],
-            )
-            checksum = header.seal(self._device.slab_view(kind, slab), identity)
-            refs.append(_ref(identity, slab, checksum))
-        return refs
 
 
 def _segment(chunk: Chunk[Prompt]) -> Segment:
@@ -248,19 +266,6 @@ def _segment(chunk: Chunk[Prompt]) -> Segment:
     assert sequence is not None
     wants_logprobs = job.payload.samplers[0].params.prompt_logprobs is not None
     return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens], wants_logprobs)
-
-
-def _ref(identity: SlabIdentity, slab: int, checksum: int) -> kv_pb2.BlockRef:
-    return kv_pb2.BlockRef(
-        kind=identity.kind.value,  # type: ignore[arg-type]  # our enum has the numbers of the proto
-        slab=slab,
-        bytes=HEADER_BYTES + identity.payload_bytes,
-        generation=identity.generation,
-        start_position=identity.start_position,
-        tokens=identity.tokens,
-        prefix_hash=identity.prefix_hash[: header.SHORT_HASH_BYTES],
-        checksum=checksum,
-    )
 
 
 def _fail(prompt: Prompt, error: Exception) -> None:

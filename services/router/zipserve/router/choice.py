@@ -19,14 +19,17 @@ class Report:
     transfer_s: float = 0.0
     first_token_at_s: float | None = None
     last_token_at_s: float | None = None
+    cached_tokens: int = 0
+    """Of the prompt, in the last prefill."""
     kv_bytes: int = 0
     kv_blocks: int = 0
     kv_tokens: int = 0
     prefill_worker: str = ""
     decode_worker: str = ""
 
-    def count_prefill(self, answer: PrefillResponse) -> None:
-        """Adds what a prefill took."""
+    def count_prefill(self, answer: PrefillResponse, prompt_tokens: int) -> None:
+        """Adds what a prefill took, of a sequence that began with so many tokens of the prompt."""
+        self.cached_tokens = min(answer.cached_tokens, prompt_tokens)
         self.queue_s += to_seconds(answer.queue_time)
         self.prefill_s += to_seconds(answer.compute_time)
 

@@ -33,6 +33,9 @@ class RouterSettings(ServiceSettings):
     local_prefill_tokens_max: int = Field(0, ge=-1)
     """A prompt of at most so many tokens is computed on the decode worker, and none of its KV is moved. 0: never. -1:
     always; then no prefill worker is needed."""
+    prefix_names_max: int = Field(1 << 16, ge=0)
+    """Most blocks of prompts of which it is remembered which prefill workers were sent them, so that prompts that begin
+    alike go there. 0: none; then only the load decides."""
     worker_wait_s: float = Field(30.0, ge=0.0)
     """How long a request waits for a pair of workers that can serve it, in seconds."""
     attempts_max: int = Field(8, ge=1)

@@ -22,6 +22,7 @@ from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.router.job import (
     Job,
+    check_cache_salt,
     check_min_tokens,
     check_prompt,
     check_prompt_logprobs,
@@ -31,6 +32,7 @@ from zipserve.router.job import (
 )
 from zipserve.router.merge import merge
 from zipserve.router.policy import InFlight, Need
+from zipserve.router.prefixes import Prefixes
 from zipserve.router.session import Rules, Session, Workers
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.transcript import Chunk, Transcript
@@ -97,6 +99,7 @@ class Frontend:
         self._now = now
         self._admission = Admission(settings.requests_max, settings.queue_tokens_max)
         self._in_flight = InFlight()
+        self._prefixes = Prefixes(settings.prefix_names_max)
         self._rules = Rules(settings.worker_wait_s, settings.attempts_max, settings.local_prefill_tokens_max)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -175,6 +178,7 @@ class Frontend:
         sampling = Sampling.from_proto(request.sampling, default_seed=secrets.randbits(64))
         sampling.check_ids(facts.vocab_tokens)
         check_stop(request.stop, facts, self._settings)
+        check_cache_salt(request.cache_salt)
         prompt = await self._encode(request)
         check_prompt(prompt, facts)
         check_prompt_logprobs(len(prompt), sampling)
@@ -190,6 +194,7 @@ class Frontend:
             stop_token_ids=eos.union(request.stop.stop_token_ids),
             priority=request.priority,
             min_tokens=request.stop.min_tokens,
+            cache_salt=request.cache_salt,
             n=n,
         )
         self._admission.reserve(ticket, len(prompt) + n * max_tokens, self._now())
@@ -217,6 +222,7 @@ class Frontend:
             need=Need(self.model.name, self.model.revision, job.tokens_max),
             workers=self._workers,
             in_flight=self._in_flight,
+            prefixes=self._prefixes,
             deadline=deadline,
             rules=self._rules,
             metrics=self._metrics,
@@ -250,6 +256,7 @@ class Frontend:
                 "replays": sum(choice.report.replays for choice in trace.choices),
                 "queue_s": round(report.queue_s, 4),
                 "prefill_s": round(report.prefill_s, 4),
+                "cached_tokens": report.cached_tokens,
                 "transfer_s": round(report.transfer_s, 4),
                 "kv_bytes": report.kv_bytes,
                 "prefill_worker": report.prefill_worker,

@@ -9,6 +9,7 @@ from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.v1.sampling_pb2 import StopConditions
 
+CACHE_SALT_CHARS_MAX = 256
 PROMPT_LOGPROBS_MAX = 1 << 18
 """Log-probabilities of a prompt, those of other tokens included: about 2 MB."""
 
@@ -32,6 +33,8 @@ class Job:
     """Higher goes first on every worker."""
     min_tokens: int = 0
     """Generated tokens before which nothing but max_tokens ends it."""
+    cache_salt: str = ""
+    """Its KV is shared only with requests of the same one."""
     n: int = 1
     """How many answers to the prompt are wanted."""
     choice: int = 0
@@ -64,6 +67,15 @@ def check_prompt_logprobs(prompt_tokens: int, sampling: Sampling) -> None:
             f"sampling.prompt_logprobs of {sampling.prompt_logprobs} for {prompt_tokens} tokens are "
             f"{prompt_tokens * each} values, at most {PROMPT_LOGPROBS_MAX} are allowed",
             field="sampling.prompt_logprobs",
+        )
+
+
+def check_cache_salt(cache_salt: str) -> None:
+    """Raises InvalidRequestError for a salt that is too long."""
+    if len(cache_salt) > CACHE_SALT_CHARS_MAX:
+        raise InvalidRequestError(
+            f"cache_salt has {len(cache_salt)} characters, at most {CACHE_SALT_CHARS_MAX} are allowed",
+            field="cache_salt",
         )
 
 

@@ -3,17 +3,23 @@
 A worker's own numbers are a heartbeat old, but count the work of all routers; what this router has sent there and not
 seen end is fresh, but counts only its own. The larger of the two is taken, so that requests that arrive together see
 each other, and one that has just ended is not counted for long. Equal workers take turns.
+
+What a prompt waits for its first token is predicted in tokens that are to be computed before: those that a worker has
+waiting, and those of the prompt that it is not expected to find in its cache.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 WorkerKey = tuple[str, int]
 """Worker id and incarnation: a restarted worker is another one."""
 
 _REMEMBERED_PICKS = 4096
+_NOTHING: Mapping[WorkerKey, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,8 @@ class Worker:
     running_requests: int = 0
     parked_requests: int = 0
     free_blocks: int = 0
+    block_tokens: int = 0
+    """Of the layout that it writes; 0: not known."""
     eos_token_ids: frozenset[int] = frozenset()
 
     @property
@@ -127,17 +135,52 @@ def _counted(counter: Counter[WorkerKey], key: WorkerKey, amount: int) -> Iterat
             del counter[key]
 
 
+class PrefillScore(NamedTuple):
+    """How well a prefill worker suits a prompt; the smallest is the best."""
+
+    failures: int
+    """1 if it failed in this request."""
+    first_token_tokens: int
+    """Tokens to compute before the first token is there."""
+    last_pick: int
+    worker_id: str
+
+
+def prefill_scores(
+    prefills: Sequence[Worker],
+    in_flight: InFlight,
+    failed: Collection[WorkerKey] = (),
+    to_compute: Mapping[WorkerKey, int] = _NOTHING,
+) -> list[PrefillScore]:
+    """Scores of prefill workers, in their order.
+
+    Args:
+        to_compute: tokens of the prompt that each would have to compute; the same for all where nothing is known.
+    """
+    return [
+        PrefillScore(
+            worker.key in failed,
+            max(worker.queued_tokens, in_flight.prefill_tokens[worker.key]) + to_compute.get(worker.key, 0),
+            in_flight.last_pick(worker),
+            worker.worker_id,
+        )
+        for worker in prefills
+    ]
+
+
 def choose(
     prefills: Sequence[Worker],
     decodes: Sequence[Worker],
     need: Need,
     in_flight: InFlight,
     failed: Collection[WorkerKey] = (),
+    to_compute: Mapping[WorkerKey, int] = _NOTHING,
 ) -> Pair | None:
     """The best pair, or None when there is none.
 
-    Prefill: fewest outstanding tokens. Decode: fewest outstanding requests, then most free blocks. Ties: whose last
-    turn is longest ago, then the id. Workers that `failed` in this request are taken only when no others are left.
+    Prefill: fewest tokens before the first one, see `prefill_scores`. Decode: fewest outstanding requests, then most
+    free blocks. Ties: whose last turn is longest ago, then the id. Workers that `failed` in this request are taken only
+    when no others are left.
     """
     prefills = [worker for worker in prefills if need.met_by(worker) and worker.writable_layout]
     best: dict[bytes, Worker] = {}
@@ -147,13 +190,13 @@ def choose(
             best[layout] = alone.decode
     readable = [worker for worker in prefills if worker.writable_layout in best]
 
-    def score(worker: Worker) -> tuple[int, int, int, str]:
-        failures = (worker.key in failed) + (best[worker.writable_layout].key in failed)
-        tokens = max(worker.queued_tokens, in_flight.prefill_tokens[worker.key])
-        return failures, tokens, in_flight.last_pick(worker), worker.worker_id
+    def order(scored: tuple[PrefillScore, Worker]) -> PrefillScore:
+        score, worker = scored
+        return score._replace(failures=score.failures + (best[worker.writable_layout].key in failed))
 
-    prefill = min(readable, key=score, default=None)
-    return None if prefill is None else Pair(prefill, best[prefill.writable_layout])
+    scores = prefill_scores(readable, in_flight, failed, to_compute)
+    picked = min(zip(scores, readable, strict=True), key=order, default=None)
+    return None if picked is None else Pair(picked[1], best[picked[1].writable_layout])
 
 
 def choose_alone(

@@ -73,7 +73,10 @@ def _finished(event: Finished) -> pb.Finished:
         reason=event.reason,
         choice=event.choice,
         usage=pb.Usage(
-            prompt_tokens=event.prompt_tokens, completion_tokens=event.completion_tokens, replays=report.replays
+            prompt_tokens=event.prompt_tokens,
+            completion_tokens=event.completion_tokens,
+            replays=report.replays,
+            cached_prompt_tokens=report.cached_tokens,
         ),
         timings=pb.Timings(
             queue=to_duration(report.queue_s),

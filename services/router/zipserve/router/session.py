@@ -26,10 +26,23 @@ from zipserve.common.errors import (
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
+from zipserve.router.calls import decode_request, prefill_request
 from zipserve.router.choice import Choice
-from zipserve.router.policy import Alone, InFlight, Need, Pair, Worker, WorkerKey, choose, choose_alone, missing
+from zipserve.router.policy import (
+    Alone,
+    InFlight,
+    Need,
+    Pair,
+    Worker,
+    WorkerKey,
+    choose,
+    choose_alone,
+    missing,
+    prefill_scores,
+)
+from zipserve.router.prefixes import Prefixes
 from zipserve.router.transcript import Chunk
-from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest, Sibling
+from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest
 from zipserve.v1.inference_service_pb2 import PromptLogprobs
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import FirstToken, PrefillRequest, PrefillResponse
@@ -92,6 +105,7 @@ class Session:
         need: Need,
         workers: Workers,
         in_flight: InFlight,
+        prefixes: Prefixes,
         deadline: Deadline,
         rules: Rules,
         metrics: Metrics,
@@ -103,6 +117,7 @@ class Session:
         self._need = need
         self._workers = workers
         self._in_flight = in_flight
+        self._prefixes = prefixes
         self._deadline = deadline
         self._rules = rules
         self._metrics = metrics
@@ -116,6 +131,8 @@ class Session:
         """Who was called last."""
         self._stream_id = b""
         """Names the last call of several choices."""
+        self._to_compute: dict[WorkerKey, int] = {}
+        """Tokens that each prefill worker would have to compute for the route that was picked last."""
         self._told_prompt = False
         """Whether the client has the prompt's log-probabilities."""
 
@@ -148,8 +165,9 @@ class Session:
         """
         if len(self._choices) == 1 or not (self._tokens or self._is_local()):
             return []
-        shared = (self._need, self._workers, self._in_flight, self._deadline, self._rules, self._metrics, self._now)
-        return [Session([choice], *shared, self._failed) for choice in self._unfinished()]
+        where = (self._need, self._workers, self._in_flight, self._prefixes)
+        how = (self._deadline, self._rules, self._metrics, self._now)
+        return [Session([choice], *where, *how, self._failed) for choice in self._unfinished()]
 
     @property
     def _tokens(self) -> int:
@@ -182,7 +200,18 @@ class Session:
     def _choose(self, prefills: Sequence[Worker] | None, decodes: Sequence[Worker]) -> Pair | Alone | None:
         if prefills is None:
             return choose_alone(decodes, self._need, self._in_flight, self._failed)
-        return choose(prefills, decodes, self._need, self._in_flight, self._failed)
+        token_ids = self._choices[0].transcript.sequence
+        self._to_compute = self._prefixes.to_compute(prefills, token_ids, self._job.cache_salt)
+        pair = choose(prefills, decodes, self._need, self._in_flight, self._failed, self._to_compute)
+        if pair is not None:
+            scores = prefill_scores(prefills, self._in_flight, self._failed, self._to_compute)
+            _log.debug(
+                "route.scored",
+                prefill_worker=pair.prefill.worker_id,
+                decode_worker=pair.decode.worker_id,
+                scores=[score._asdict() for score in scores],
+            )
+        return pair
 
     def _is_local(self) -> bool:
         """Whether the decode worker is to compute what there is so far."""
@@ -208,8 +237,9 @@ class Session:
     async def _over(self, pair: Pair) -> AsyncGenerator[Chunk | PromptLogprobs, None]:
         """From the prefill worker over to the decode worker."""
         prefill, token_ids = pair.prefill, self._choices[0].transcript.sequence
-        with self._in_flight.prefilling(prefill, len(token_ids)):
-            answer = await self._prefill(prefill, token_ids)
+        self._prefixes.note(prefill, token_ids, self._job.cache_salt)
+        with self._in_flight.prefilling(prefill, self._to_compute.get(prefill.key, len(token_ids))):
+            answer = await self._prefill(prefill)
         handed_over = False
         try:
             if len(answer.other_choices) != len(self._choices) - 1:
@@ -235,24 +265,14 @@ class Session:
             if not handed_over:
                 self._workers.release(prefill, answer.handle, self._job.request_id)
 
-    async def _prefill(self, worker: Worker, token_ids: list[int]) -> PrefillResponse:
+    async def _prefill(self, worker: Worker) -> PrefillResponse:
         self._called = worker
         for choice in self._choices:
             choice.report.prefill_worker = worker.worker_id
-        request = PrefillRequest(
-            request_id=self._job.request_id,
-            token_ids=token_ids,
-            sampling=self._sampling().to_proto(),
-            layout_fingerprint=worker.writable_layout,
-            priority=self._job.priority,
-            prompt_tokens=len(self._job.prompt),
-            min_tokens=self._job.min_tokens,
-            stop_token_ids=sorted(self._job.stop_token_ids),
-            choices=len(self._choices),
-        )
+        request = prefill_request(self._choices, worker, self._sampling())
         answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
         for choice in self._choices:
-            choice.report.count_prefill(answer)
+            choice.report.count_prefill(answer, len(self._job.prompt))
         return answer
 
     def _sampling(self) -> Sampling:
@@ -270,7 +290,9 @@ class Session:
             choice.report.decode_worker = worker.worker_id
         if answer is None:
             choices[0].report.prefill_worker = worker.worker_id
-        request = self._decode_request(choices, answer)
+        self._stream_id = secrets.token_bytes(_STREAM_ID_BYTES) if answer else b""
+        sampling = choices[0].job.sampling if answer else self._sampling()
+        request = decode_request(choices, answer, sampling, self._stream_id)
         pulled = False
         try:
             async with aclosing(self._workers.decode(worker, request, timeout_s)) as events:
@@ -285,27 +307,6 @@ class Session:
         finally:
             if isinstance(route, Pair) and answer and not pulled:  # it may never have seen the call, or refused it
                 self._workers.release(route.prefill, answer.handle, self._job.request_id)
-
-    def _decode_request(self, choices: list[Choice], answer: PrefillResponse | None) -> DecodeRequest:
-        first = choices[0].transcript
-        request = DecodeRequest(
-            request_id=self._job.request_id,
-            sampling=(choices[0].job.sampling if answer else self._sampling()).to_proto(),
-            max_new_tokens=first.remaining,
-            stop_token_ids=sorted(self._job.stop_token_ids),
-            priority=self._job.priority,
-            prompt_tokens=len(self._job.prompt),
-            min_tokens=self._job.min_tokens,
-        )
-        if answer is None:
-            request.prompt_token_ids.extend(first.sequence)
-        else:
-            request.handle.CopyFrom(answer.handle)
-            request.token_id = first.token_ids[-1]
-            request.past_token_ids.extend(first.sequence[:-1] if self._job.sampling.penalizes else ())
-            request.siblings.extend(_sibling(choice) for choice in choices[1:])
-            request.stream_id = self._stream_id = secrets.token_bytes(_STREAM_ID_BYTES)
-        return request
 
     def _take(self, event: DecodeResponse, choices: list[Choice], worker: Worker) -> Iterator[Chunk | PromptLogprobs]:
         match event.WhichOneof("event"):
@@ -386,7 +387,3 @@ class Session:
             tokens=self._tokens,
             failures=self._failures,
         )
-
-
-def _sibling(choice: Choice) -> Sibling:
-    return Sibling(token_id=choice.transcript.token_ids[-1], seed=choice.job.sampling.seed)

@@ -1,6 +1,6 @@
 """All slabs of one worker: how many of each kind a sequence needs, and who holds which. Pure."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from zipserve.common.kv.allocator import SlabAllocator
@@ -28,6 +28,10 @@ class Slabs:
                 yield kind, slab
 
 
+def _ignore(kind: SlabKind, slab: int) -> None:
+    """Slabs that nobody reads from outside need no treatment when they become free."""
+
+
 class SlabPools:
     """One allocator for each kind of slab. Not thread-safe: one thread owns it."""
 
@@ -37,6 +41,13 @@ class SlabPools:
         self.tails = SlabAllocator(tails, "tail slabs")
         self.sinks = SlabAllocator(sinks if layout.has_sinks else 0, "sinks slabs")
         self._pools = {SlabKind.SINKS: self.sinks, SlabKind.BLOCK: self.blocks, SlabKind.TAIL: self.tails}
+        self.on_free: Callable[[SlabKind, int], None] = _ignore
+        """Called with every slab that becomes free, before anybody can take it again."""
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a block."""
+        return self._layout.block_tokens
 
     def sealed_blocks(self, tokens: int) -> int:
         """Full blocks of a sequence of `tokens` tokens."""
@@ -74,6 +85,14 @@ class SlabPools:
         """Slabs of a kind that nobody holds."""
         return self._pools[kind].free
 
+    def available(self, kind: SlabKind) -> int:
+        """Slabs of a kind that are free, or would be if those that are only kept were given up."""
+        return self._pools[kind].free + self._pools[kind].idle
+
+    def can_have(self, missing: Mapping[SlabKind, int]) -> bool:
+        """Whether so many slabs of each kind are available."""
+        return all(count <= self.available(kind) for kind, count in missing.items())
+
     def generation(self, kind: SlabKind, slab: int) -> int:
         """Generation of a slab that is held."""
         return self._pools[kind].generation(slab)
@@ -84,26 +103,42 @@ class SlabPools:
             pool.share(slabs.of(kind))
             other.of(kind).extend(slabs.of(kind))
 
+    def keep(self, kind: SlabKind, slab: int) -> None:
+        """Holds a slab once more, until it is given up because others need slabs."""
+        self._pools[kind].keep(slab)
+
+    def give_up(self, kind: SlabKind, slab: int) -> None:
+        """Ends a `keep`."""
+        self._note_free(kind, self._pools[kind].give_up(slab))
+
+    def is_idle(self, kind: SlabKind, slab: int) -> bool:
+        """Whether a slab is kept, and nobody else holds it."""
+        return self._pools[kind].is_idle(slab)
+
     def give_back(self, slabs: Slabs) -> None:
-        """Frees slabs that are held, and forgets them in `slabs`, so that nothing is freed twice."""
+        """Gives back slabs that are held, and forgets them in `slabs`, so that nothing is freed twice."""
         for kind, pool in self._pools.items():
-            pool.give_back(slabs.of(kind))
+            self._note_free(kind, pool.give_back(slabs.of(kind)))
             slabs.of(kind).clear()
 
     def give_back_tail(self, slabs: Slabs) -> bool:
         """Frees the tail slab, once it is unpacked; whether there was one."""
         had = bool(slabs.tails)
-        self.tails.give_back(slabs.tails)
+        self._note_free(SlabKind.TAIL, self.tails.give_back(slabs.tails))
         slabs.tails.clear()
         return had
 
     def levels(self) -> dict[str, int]:
         """The fields of zipserve.v1.Load that tell how full the pools are."""
-        named = (("blocks", self.blocks), ("tails", self.tails), ("sinks", self.sinks))
-        totals = {f"total_{name}": pool.count for name, pool in named}
-        return {**totals, **{f"free_{name}": pool.free for name, pool in named}}
+        named = ((SlabKind.BLOCK, "blocks"), (SlabKind.TAIL, "tails"), (SlabKind.SINKS, "sinks"))
+        totals = {f"total_{name}": self._pools[kind].count for kind, name in named}
+        return {**totals, **{f"free_{name}": self.available(kind) for kind, name in named}}
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
         for pool in self._pools.values():
             pool.check_integrity()
+
+    def _note_free(self, kind: SlabKind, slabs: list[int]) -> None:
+        for slab in slabs:
+            self.on_free(kind, slab)

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 HASH_BYTES = 32
 
 
+def chain_salt(fingerprint: bytes, cache_salt: str) -> bytes:
+    """What starts the chain of a tenant's sequences in one layout, whose fingerprint is always equally long."""
+    return fingerprint + cache_salt.encode()
+
+
 def prefix_hashes(token_ids: Sequence[int], block_tokens: int, salt: bytes) -> list[bytes]:
     """sha256 chain over the slabs of a sequence, 32 bytes each.
 
     Entry i covers tokens 0 .. (i + 1) * block_tokens; the last entry covers a shorter rest, if there is one. `salt`
-    (layout fingerprint, and the tenant's salt where there is one) starts the chain, so that other layouts and tenants
-    never share a name.
+    (see `chain_salt`) starts the chain, so that other layouts and tenants never share a name.
     """
     parent = hashlib.sha256(salt).digest()
     hashes = []

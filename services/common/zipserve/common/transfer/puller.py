@@ -23,8 +23,9 @@ from zipserve.common.errors import (
     ZipserveError,
 )
 from zipserve.common.kv import handle as handles
-from zipserve.common.kv.header import SlabIdentity, generation_of, verify
-from zipserve.common.kv.layout import HEADER_BYTES, Layout, SlabKind
+from zipserve.common.kv.header import generation_of, verify
+from zipserve.common.kv.layout import Layout, SlabKind
+from zipserve.common.kv.refs import identity_of
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView, WorkerRecord
 from zipserve.common.rpc.channel import ChannelPool, Deadline
@@ -200,16 +201,7 @@ class KvPuller:
     def _verify(self, claims: kv_pb2.KvClaims, local_slabs: list[int]) -> None:
         for ref, slab in zip(claims.refs, local_slabs, strict=True):
             kind = SlabKind(ref.kind)
-            expected = SlabIdentity(
-                kind=kind,
-                fingerprint=claims.layout_fingerprint,
-                incarnation=claims.incarnation,
-                generation=ref.generation,
-                start_position=ref.start_position,
-                tokens=ref.tokens,
-                payload_bytes=ref.bytes - HEADER_BYTES,
-                prefix_hash=ref.prefix_hash,
-            )
+            expected = identity_of(ref, claims.layout_fingerprint, claims.incarnation)
             view = self._slab_view(kind, slab)[: ref.bytes]
             try:
                 verify(view, expected, ref.checksum)

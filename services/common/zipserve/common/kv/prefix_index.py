@@ -1,0 +1,172 @@
+"""Sealed blocks that stay in a worker's pools for whoever comes with the same prefix. Pure: it knows no memory.
+
+The blocks form trees: a block stands behind the one that holds the tokens before it, and leaves before it. Whoever
+holds the slab of a block here holds those of all blocks before it, so that what is in use never stands behind what is
+not. Slabs that only the index holds are `idle` in the pools, and are given up when others need room.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from zipserve.common.kv.eviction import Duel
+from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.pools import SlabPools, Slabs
+from zipserve.v1.kv_pb2 import BlockRef
+
+
+@dataclass(eq=False)
+class CachedBlock:
+    """A block that can be found by its name."""
+
+    name: bytes
+    """Chained hash of all tokens up to its end."""
+    refs: tuple[BlockRef, ...]
+    """Of its slab, and before that of the sinks if it is block 0 and the codec has any."""
+    parent: "CachedBlock | None"
+    """The block before it; None for block 0."""
+    children: dict[bytes, "CachedBlock"] = field(default_factory=dict)
+    slabs: tuple[tuple[SlabKind, int], ...] = field(init=False)
+    """Kind and number of each of its slabs."""
+
+    def __post_init__(self) -> None:
+        self.slabs = tuple((SlabKind(ref.kind), ref.slab) for ref in self.refs)
+
+
+def _ignore(name: bytes) -> None:
+    """Nobody has to be told."""
+
+
+class PrefixIndex:
+    """Blocks by name. Not thread-safe: one thread owns it together with the pools.
+
+    Args:
+        blocks_max: most blocks that are held, in use or not; None: as many as there are slabs.
+    """
+
+    def __init__(self, pools: SlabPools, blocks_max: int | None = None) -> None:
+        self.pools = pools
+        self._blocks_max = pools.blocks.count if blocks_max is None else blocks_max
+        self._blocks: OrderedDict[bytes, CachedBlock] = OrderedDict()
+        """The one that was not used for longest comes first."""
+        self._duel = Duel(self._blocks_max)
+        self.on_evicted: Callable[[bytes], None] = _ignore
+        """Called with the name of every block that makes room for something else."""
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it never holds anything."""
+        return not self._blocks_max
+
+    def find(self, names: Sequence[bytes]) -> list[CachedBlock]:
+        """The longest run of blocks, from the first name on, that is here."""
+        run = []
+        for name in names:
+            block = self._blocks.get(name)
+            if block is None:
+                break
+            run.append(block)
+        return run
+
+    def hold(self, run: Sequence[CachedBlock]) -> Slabs:
+        """Holds the slabs of a run that was found; the caller gives them back to the pools."""
+        held, shared = Slabs(), Slabs()
+        for block in run:
+            for kind, slab in block.slabs:
+                shared.of(kind).append(slab)
+        self.pools.share(shared, held)
+        return held
+
+    def note_request(self, names: Sequence[bytes]) -> None:
+        """Counts the use of the blocks of a sequence, whether they are here or not; to be told before room is made."""
+        self._duel.request(names)
+        for block in reversed(self.find(names)):
+            self._blocks.move_to_end(block.name)
+
+    def extend(self, run: list[CachedBlock], name: bytes, refs: Sequence[BlockRef]) -> bool:
+        """Adds a sealed block behind a run, and to it.
+
+        The caller holds the slabs of the run and of the block. Nothing happens, and False is returned, when the name is
+        here already, when the run is no longer here, or when there is no room.
+        """
+        parent = run[-1] if run else None
+        is_orphan = parent is not None and self._blocks.get(parent.name) is not parent
+        if name in self._blocks or is_orphan or not self._may_grow():
+            return False
+        block = self._blocks[name] = CachedBlock(name, tuple(refs), parent)
+        if parent is not None:
+            parent.children[name] = block
+        for slab in block.slabs:
+            self.pools.keep(*slab)
+        run.append(block)
+        return True
+
+    def make_room(self, missing: Mapping[SlabKind, int]) -> None:
+        """Evicts until so many slabs of each kind are free; no more are missing than are available."""
+        for block in self._victims():
+            if all(count <= self.pools.free(kind) for kind, count in missing.items()):
+                break
+            self._evict(block)
+
+    def discard(self, block: CachedBlock) -> None:
+        """Takes out a block that is not what it should be, and all behind it. Who holds slabs of theirs goes on so."""
+        if self._blocks.get(block.name) is block:
+            for one in reversed(_subtree(block)):
+                self._remove(one)
+
+    def _may_grow(self) -> bool:
+        if len(self._blocks) < self._blocks_max:
+            return True
+        victim = next(self._victims(), None) if self._blocks_max else None
+        if victim is not None:
+            self._evict(victim)
+        return victim is not None
+
+    def _victims(self) -> Iterator[CachedBlock]:
+        """Idle blocks, the least worthy first, and each after those behind it. The caller removes
+        every one that it gets."""
+        by_age = list(self._blocks.values())
+        for spares_good in (True, False):
+            for block in by_age:
+                if spares_good and self._duel.keeps(block.name):
+                    continue
+                if self._blocks.get(block.name) is block and self._is_idle(block):
+                    yield from reversed(_subtree(block))
+
+    def _is_idle(self, block: CachedBlock) -> bool:
+        return all(self.pools.is_idle(*slab) for slab in block.slabs)
+
+    def _evict(self, block: CachedBlock) -> None:
+        self._remove(block)
+        self.on_evicted(block.name)
+
+    def _remove(self, block: CachedBlock) -> None:
+        del self._blocks[block.name]
+        if block.parent is not None:
+            del block.parent.children[block.name]
+        for slab in block.slabs:
+            self.pools.give_up(*slab)
+
+    def check_integrity(self) -> None:
+        """Asserts that the books balance."""
+        for name, block in self._blocks.items():
+            parent = block.parent
+            if name != block.name or (parent and parent.children.get(name) is not block):
+                raise AssertionError(f"block {name.hex()} is not where it should be")
+            if parent and self._blocks.get(parent.name) is not parent:
+                raise AssertionError(f"block {name.hex()} stands behind one that is gone")
+            if parent and self._is_idle(parent) and not self._is_idle(block):
+                raise AssertionError(f"block {name.hex()} is in use behind one that is not")
+        if len(self._blocks) > self._blocks_max:
+            raise AssertionError(f"{len(self._blocks)} blocks are held, at most {self._blocks_max}")
+
+
+def _subtree(block: CachedBlock) -> list[CachedBlock]:
+    """A block and all behind it, each after the one before it."""
+    found = [block]
+    for one in found:
+        found.extend(one.children.values())
+    return found

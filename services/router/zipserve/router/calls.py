@@ -1,0 +1,60 @@
+"""What workers are asked for a request: from its choices, which share what they were given."""
+
+from collections.abc import Sequence
+
+from zipserve.common.sampling import Sampling
+from zipserve.router.choice import Choice
+from zipserve.router.policy import Worker
+from zipserve.v1.decode_service_pb2 import DecodeRequest, Sibling
+from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
+
+
+def prefill_request(choices: Sequence[Choice], worker: Worker, sampling: Sampling) -> PrefillRequest:
+    """For the tokens that all choices have so far."""
+    job = choices[0].job
+    return PrefillRequest(
+        request_id=job.request_id,
+        token_ids=choices[0].transcript.sequence,
+        sampling=sampling.to_proto(),
+        layout_fingerprint=worker.writable_layout,
+        priority=job.priority,
+        prompt_tokens=len(job.prompt),
+        min_tokens=job.min_tokens,
+        stop_token_ids=sorted(job.stop_token_ids),
+        choices=len(choices),
+        cache_salt=job.cache_salt,
+    )
+
+
+def decode_request(
+    choices: Sequence[Choice], answer: PrefillResponse | None, sampling: Sampling, stream_id: bytes
+) -> DecodeRequest:
+    """To go on from what was prefilled, or without an answer to compute the first choice's tokens as well.
+
+    Args:
+        sampling: of the first choice.
+        stream_id: names the call, if there is an answer.
+    """
+    job, first = choices[0].job, choices[0].transcript
+    request = DecodeRequest(
+        request_id=job.request_id,
+        sampling=sampling.to_proto(),
+        max_new_tokens=first.remaining,
+        stop_token_ids=sorted(job.stop_token_ids),
+        priority=job.priority,
+        prompt_tokens=len(job.prompt),
+        min_tokens=job.min_tokens,
+    )
+    if answer is None:
+        request.prompt_token_ids.extend(first.sequence)
+    else:
+        request.handle.CopyFrom(answer.handle)
+        request.token_id = first.token_ids[-1]
+        request.past_token_ids.extend(first.sequence[:-1] if job.sampling.penalizes else ())
+        request.siblings.extend(_sibling(choice) for choice in choices[1:])
+        request.stream_id = stream_id
+    return request
+
+
+def _sibling(choice: Choice) -> Sibling:
+    return Sibling(token_id=choice.transcript.token_ids[-1], seed=choice.job.sampling.seed)
