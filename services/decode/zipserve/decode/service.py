@@ -104,6 +104,8 @@ class DecodeService:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._tasks:  # it has started
+            await self.puller.settled()
         await self._channels.close()
         if self._registry is not None:
             await self._registry.__aexit__()

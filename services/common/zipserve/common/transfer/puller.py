@@ -37,6 +37,7 @@ from zipserve.v1 import kv_pb2, kv_transfer_service_pb2, kv_transfer_service_pb2
 T = TypeVar("T")
 _log = log.get()
 _RPC_TIMEOUT_S = 5.0
+_SETTLE_TIMEOUT_S = 5.0
 _LAST_TRY_TIMEOUT_S = 0.5
 _RENEWALS_PER_TTL = 3
 _KINDS = {kind.value for kind in SlabKind}
@@ -90,6 +91,22 @@ class KvPuller:
         self._metrics = metrics
         self._peers: dict[str, _Peer] = {}
         self._connecting: dict[str, asyncio.Lock] = {}
+        self._leases: set[HeldLease] = set()
+        self._none_held = asyncio.Event()
+        self._none_held.set()
+
+    async def settled(self) -> None:
+        """Returns when no lease is held any more, of calls that were cut too; after a few seconds in any case. To be
+        awaited before channels are closed, or peers keep slabs until their leases end.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_SETTLE_TIMEOUT_S):
+                await self._none_held.wait()
+
+    def note(self, lease: "HeldLease", *, held: bool) -> None:
+        """A lease begins to be held, or is not any more."""
+        (self._leases.add if held else self._leases.discard)(lease)
+        (self._none_held.clear if self._leases else self._none_held.set)()
 
     def open(self, handle: kv_pb2.KvHandle) -> kv_pb2.KvClaims:
         """The claims of a handle, checked against signature, layout and arithmetic.
@@ -265,6 +282,7 @@ class HeldLease:
         self._metadata = tracing.outgoing(request_id)
         self._released = False
         self._confirmed = asyncio.Event()
+        puller.note(self, held=True)
         self._lost = asyncio.create_task(self._keep(), name="lease-heartbeat")
         """Ends with the error that ended the lease."""
 
@@ -293,11 +311,14 @@ class HeldLease:
         await asyncio.shield(asyncio.create_task(self._close()))
 
     async def _close(self) -> None:
-        is_lost = self._lost.done()
-        self._lost.cancel()
-        await asyncio.gather(self._lost, return_exceptions=True)
-        if not self._released:
-            await self._release(_LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S)
+        try:
+            is_lost = self._lost.done()
+            self._lost.cancel()
+            await asyncio.gather(self._lost, return_exceptions=True)
+            if not self._released:
+                await self._release(_LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S)
+        finally:
+            self._puller.note(self, held=False)
 
     async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
         """Waits for something, but not for longer than the lease lives: a peer that is lost may never deliver.
