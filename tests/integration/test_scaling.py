@@ -27,9 +27,8 @@ def served(stack: Processes) -> Counter[str]:
 async def test_load_spreads_and_late_and_leaving_workers_are_handled(
     redis_url: str, cluster: str, tiny_model: Path, tmp_path: Path
 ) -> None:
-    overrides = (
-        ("router", "prefix_names_max", "0"),
-    )  # else equal prompts would go to the worker that has their blocks
+    # By load alone: else equal prompts would go to the worker that has their blocks.
+    overrides = (("router", "prefix_names_max", "0"),)
     async with (
         Processes(redis_url, tiny_model, tmp_path, cluster=cluster, overrides=overrides) as stack,
         ChannelPool(4 << 20) as channels,

@@ -9,7 +9,9 @@ from zipserve.kernels import native
 from zipserve.kernels.attention import DecodeStep, OpenBlocks, RawFormat, SealedBlocks
 from zipserve.kernels.decoder import (
     Attend,
+    Attentions,
     LayerAttention,
+    Layers,
     Linear,
     Operation,
     Program,
@@ -24,6 +26,7 @@ HIDDEN, HEADS = 32, KV_HEADS * GROUP
 WIDTH = (HEADS + KV_HEADS) * KEY_DIM + KV_HEADS * VALUE_DIM
 NAMES = ("hidden", "heads", "attended")
 ATTENDS = ("heads", "attended")
+TABLE = [[0, 0, 0], [5, 0, 0], [2, 6, 1]]
 TOLERANCE = 2e-5
 
 
@@ -58,15 +61,16 @@ class Cache:
         opened = OpenBlocks(self.keys, self.values, int32(4, 0, 7), int32(1, SIZE, 5))
         return DecodeStep(sealed, opened, first)
 
-    def attentions(self, weights: torch.Tensor) -> list[LayerAttention]:
+    def attentions(self, weights: torch.Tensor) -> Attentions:
         """Two layers that see everything, and between them one with a window, a softcap and sinks."""
-        table = [[0, 0, 0], [5, 0, 0], [2, 6, 1]]
-        everything, window = self.step(int32(0, 0, 0), table), self.step(int32(0, 9, 30), table)
-        return [
-            LayerAttention(everything, 0, 0.25, weights=weights[0]),
-            LayerAttention(window, 1, 0.3, 2.0, numbers(HEADS, seed=3).double(), weights[1]),
-            LayerAttention(everything, 2, 0.25, weights=weights[2]),
-        ]
+        everything, window = self.step(int32(0, 0, 0), TABLE), self.step(int32(0, 9, 30), TABLE)
+        sinks = numbers(HEADS, seed=3).double()
+        layers = [LayerAttention(0, 0.25), LayerAttention(1, 0.3, 2.0, sinks), LayerAttention(0, 0.25)]
+        return Attentions(Layers(layers), [everything, window], weights)
+
+    def plain(self, table: list[list[int]]) -> Attentions:
+        """Every layer sees everything."""
+        return Attentions(Layers([LayerAttention(0, 0.25)] * LAYERS), [self.step(int32(0, 0, 0), table)])
 
 
 def operations() -> list[Operation]:
@@ -106,8 +110,7 @@ def test_equals_operations_one_by_one(threads: int) -> None:
 
 def test_a_slab_that_does_not_exist_is_found_before_anything_is_written() -> None:
     cache, of = Cache.filled(), buffers()
-    step = cache.step(int32(0, 0, 0), [[0, 0, 0], [5, 0, 0], [2, SLABS, 1]])
-    attentions = [LayerAttention(step, layer, 0.25) for layer in range(LAYERS)]
+    attentions = cache.plain([[0, 0, 0], [5, 0, 0], [2, SLABS, 1]])
     with pytest.raises(IndexError, match="row 2 refers to a slab"):
         Program(operations(), NAMES).run(Workspace(of, [], HEADS * VALUE_DIM, attentions, ATTENDS))
     assert torch.equal(cache.keys, Cache.filled().keys)
@@ -116,27 +119,24 @@ def test_a_slab_that_does_not_exist_is_found_before_anything_is_written() -> Non
 
 @pytest.mark.parametrize("width", [WIDTH + 1, KV_HEADS * VALUE_DIM])
 def test_refuses_rows_that_do_not_hold_the_heads(width: int) -> None:
-    cache, of = Cache.filled(), buffers()
-    attentions = [LayerAttention(cache.step(int32(0, 0, 0), [[0], [5], [2]]), 0, 0.25)]
-    of["heads"] = numbers(3, width)
+    of = buffers() | {"heads": numbers(3, width)}
     with pytest.raises(ValueError, match="do not hold heads"):
-        Workspace(of, [], HEADS * VALUE_DIM, attentions, ATTENDS)
+        Workspace(of, [], HEADS * VALUE_DIM, Cache.filled().plain(TABLE), ATTENDS)
 
 
 def test_refuses_room_for_other_heads() -> None:
-    cache, of = Cache.filled(), buffers()
-    of["attended"] = numbers(3, HEADS * VALUE_DIM - 1)
-    attentions = [LayerAttention(cache.step(int32(0, 0, 0), [[0, 0, 0], [5, 0, 0], [2, 6, 1]]), 0, 0.25)]
+    of = buffers() | {"attended": numbers(3, HEADS * VALUE_DIM - 1)}
     with pytest.raises(ValueError, match="6 x 24 columns"):
-        Workspace(of, [], HEADS * VALUE_DIM, attentions, ATTENDS)
+        Workspace(of, [], HEADS * VALUE_DIM, Cache.filled().plain(TABLE), ATTENDS)
 
 
-def test_refuses_weights_and_sinks_of_other_shapes() -> None:
-    cache = Cache.filled()
-    step = cache.step(int32(0, 0, 0), [[0, 0, 0], [5, 0, 0], [2, 6, 1]])
-    for how in (
-        LayerAttention(step, 0, 0.25, weights=torch.empty(3, SIZE + 1)),
-        LayerAttention(step, 0, 0.25, sink_logits=torch.empty(HEADS + 1)),
+def test_refuses_weights_and_sinks_of_other_shapes_and_steps_that_are_not_there() -> None:
+    step = Cache.filled().step(int32(0, 0, 0), TABLE)
+    for how, weights, message in (
+        (LayerAttention(0, 0.25), torch.empty(1, 3, SIZE + 1), "weights must be"),
+        (LayerAttention(0, 0.25), torch.empty(2, 3, SIZE), "weights must be"),
+        (LayerAttention(0, 0.25, sink_logits=torch.empty(HEADS + 1)), None, "sink logits must be"),
+        (LayerAttention(1, 0.25), None, "there are 1"),
     ):
-        with pytest.raises(ValueError, match="must be"):
-            Workspace(buffers(), [], HEADS * VALUE_DIM, [how], ATTENDS)
+        with pytest.raises(ValueError, match=message):
+            Workspace(buffers(), [], HEADS * VALUE_DIM, Attentions(Layers([how]), [step], weights), ATTENDS)

@@ -175,7 +175,7 @@ class DecodeStep:
         Args:
             weights: where to write the softmax weights of the open block, float32 [rows, block_tokens].
         """
-        call = self.call(query)
+        call = self.call_of(layer, query)
         if call is None:
             output, found = decode_attention(
                 query, *self._of(layer), self._first, scale=scale, softcap=softcap, sink_logits=sink_logits,
@@ -184,8 +184,12 @@ class DecodeStep:
             if weights is not None and found is not None:
                 weights.copy_(found)
             return output
-        call.move(*self.addresses(layer))
         return call.run(query, fresh, scale=scale, softcap=softcap, sink_logits=sink_logits, weights=weights)
+
+    @property
+    def block_tokens(self) -> int:
+        """Of the blocks."""
+        return self._sealed.form.block_tokens
 
     def heads(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Views of rows of query heads, key heads and value heads: [rows, heads, dim] each.
@@ -201,17 +205,16 @@ class DecodeStep:
         values = torch.unflatten(rows[:, -of_values:], 1, (form.kv_heads, form.value_dim))
         return keys_and_queries[:, : -form.kv_heads], keys_and_queries[:, -form.kv_heads :], values
 
-    def call(self, query: torch.Tensor) -> Call | None:
+    def call_of(self, layer: int, query: torch.Tensor) -> Call | None:
         """What the C kernel is called with, for queries of this shape; None where it cannot do this."""
         if self._call is None:
-            sealed, open_blocks = self._of(0)
+            sealed, open_blocks = self._of(layer)
             if runs_on_cpu(query, sealed, open_blocks):
                 self._call = Call(query, sealed, open_blocks, self._first)
+                self._call.set_layers(*(stride for _, stride in self._addresses))
+        if self._call is not None:
+            self._call.move(*(address + layer * stride for address, stride in self._addresses))
         return self._call
-
-    def addresses(self, layer: int) -> tuple[int, ...]:
-        """Of a layer's sealed blocks, sinks, open keys and open values."""
-        return tuple(address + layer * stride for address, stride in self._addresses)
 
     def _of(self, layer: int) -> tuple[SealedBlocks, OpenBlocks]:
         sealed, open_blocks = self._sealed, self._open

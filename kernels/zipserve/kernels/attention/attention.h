@@ -7,12 +7,13 @@
 
 #define TILE_HEADS 4
 
-// How many native vectors of columns to sum at once for a tile of `heads`, which is a constant.
+// How many native vectors of columns to sum at once for a tile of `heads`, which is a constant, where so many `sums` stay
+// in registers.
 #define MAX_VECTORS (64 / NATIVE_LANES)
-#define TILE_VECTORS(heads) \
-    ((heads) * MAX_VECTORS <= NATIVE_SUMS       ? MAX_VECTORS \
-     : (heads) * MAX_VECTORS / 2 <= NATIVE_SUMS ? MAX_VECTORS / 2 \
-                                                : MAX_VECTORS / 4)
+#define TILE_VECTORS(heads, sums) \
+    ((heads) * MAX_VECTORS <= (sums)       ? MAX_VECTORS \
+     : (heads) * MAX_VECTORS / 2 <= (sums) ? MAX_VECTORS / 2 \
+                                           : MAX_VECTORS / 4)
 
 // See zipserve.kernels.attention.decode_attention; strides in bytes unless a comment says otherwise.
 typedef struct {
@@ -33,6 +34,7 @@ typedef struct {
     int64_t open_key_strides[2], open_value_strides[2];                      // of slots, of heads
     int64_t query_strides[2], fresh_key_strides[2], fresh_value_strides[2];  // of rows, of heads; in elements
     int64_t slabs, sinks_slabs, columns, open_slots;                         // how many there are
+    int64_t sealed_layer, sinks_layer, open_key_layer, open_value_layer;     // from layer to layer
     int32_t rows, heads, open_type, threads;
     float scale, softcap;  // softcap 0: none
 } Attention;

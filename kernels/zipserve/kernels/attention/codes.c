@@ -51,7 +51,7 @@ ALWAYS_INLINE void multiply_columns(const Product *p, int column, const int bits
 }
 
 ALWAYS_INLINE void multiply_tile(const Product *p, const int bits, const int heads) {
-    const int vectors = TILE_VECTORS(heads), width = vectors * NATIVE_LANES;
+    const int vectors = TILE_VECTORS(heads, NATIVE_SUMS), width = vectors * NATIVE_LANES;
     int column = 0;
     for (; column + width <= p->columns; column += width) multiply_columns(p, column, bits, heads, vectors);
     for (; column < p->columns; column += NATIVE_LANES) multiply_columns(p, column, bits, heads, 1);

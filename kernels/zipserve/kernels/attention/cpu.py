@@ -27,6 +27,7 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_int64 * 2) for name in ("open_key_strides", "open_value_strides")),
         *((name, ctypes.c_int64 * 2) for name in ("query_strides", "fresh_key_strides", "fresh_value_strides")),
         *((name, ctypes.c_int64) for name in ("slabs", "sinks_slabs", "columns", "open_slots")),
+        *((name, ctypes.c_int64) for name in ("sealed_layer", "sinks_layer", "open_key_layer", "open_value_layer")),
         *((name, ctypes.c_int32) for name in ("rows", "heads", "open_type", "threads")),
         *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
@@ -111,6 +112,12 @@ class Call:
             threads=torch.get_num_threads(),
         )
 
+    def set_layers(self, sealed: int, sinks: int, open_keys: int, open_values: int) -> None:
+        """Says how many bytes lie between the blocks of two layers, for C code that computes all of them."""
+        arguments = self.arguments
+        arguments.sealed_layer, arguments.sinks_layer = sealed, sinks
+        arguments.open_key_layer, arguments.open_value_layer = open_keys, open_values
+
     def move(self, sealed: int, sinks: int, open_keys: int, open_values: int) -> None:
         """Goes on to other blocks of the same shapes and strides, at these addresses: those of the next layer."""
         arguments = self.arguments
@@ -136,7 +143,10 @@ class Call:
         assert library is not None
         arguments = self.arguments
         self.check_heads(query, fresh)
-        self.check(sink_logits, weights)
+        if sink_logits is not None and sink_logits.shape != (self._heads,):
+            raise ValueError(f"sink_logits must be [{self._heads}], not {[*sink_logits.shape]}")
+        if weights is not None and weights.shape != (self._rows, self._form.block_tokens):
+            raise ValueError(f"weights must be {[self._rows, self._form.block_tokens]}, not {[*weights.shape]}")
         query = _rows(query)
         arguments.query, arguments.query_strides = query.data_ptr(), query.stride()[:2]
         if fresh is not None:
@@ -162,13 +172,6 @@ class Call:
             raise ValueError(f"fresh keys and values must be {self._fresh_shapes}, not {[x.shape for x in fresh]}")
         if query.shape != self._query_shape:
             raise ValueError(f"query must be {self._query_shape}, not {query.shape}")
-
-    def check(self, sink_logits: torch.Tensor | None, weights: torch.Tensor | None) -> None:
-        """Likewise."""
-        if sink_logits is not None and sink_logits.shape != (self._heads,):
-            raise ValueError(f"sink_logits must be [{self._heads}], not {[*sink_logits.shape]}")
-        if weights is not None and weights.shape != (self._rows, self._form.block_tokens):
-            raise ValueError(f"weights must be {[self._rows, self._form.block_tokens]}, not {[*weights.shape]}")
 
 
 def raise_wrong(found: int, rows: int) -> None:

@@ -11,10 +11,6 @@
 #define MAX_QUERIES 3
 #define VALUE_SUMS 12
 #endif
-#define VALUE_VECTORS(heads) \
-    ((heads) * MAX_VECTORS <= VALUE_SUMS       ? MAX_VECTORS \
-     : (heads) * MAX_VECTORS / 2 <= VALUE_SUMS ? MAX_VECTORS / 2 \
-                                               : MAX_VECTORS / 4)
 
 ALWAYS_INLINE native_f32 load_up_to(const float *p, int n) {
     return n >= NATIVE_LANES ? load_native(p) : load_part(p, n);
@@ -56,8 +52,8 @@ ALWAYS_INLINE void multiply_queries(const float *keys, int tokens, int dim, cons
 }
 
 void zs_plain_logits(const float *keys, int tokens, int dim, const float *queries, const Tile *tile) {
-    for (int h = 0; h < tile->heads;) {
-        const int heads = tile->heads - h < MAX_QUERIES ? tile->heads - h : tile->heads - h == 4 ? 2 : MAX_QUERIES;
+    for (int h = 0, heads; h < tile->heads; h += heads) {
+        heads = tile->heads - h <= MAX_QUERIES ? tile->heads - h : TILE_HEADS / 2;
         const float *of_heads = queries + h * PADDED(dim);
         float *logits = tile->logits + h * tile->stride;
         switch (heads) {
@@ -66,7 +62,6 @@ void zs_plain_logits(const float *keys, int tokens, int dim, const float *querie
             case 3: multiply_queries(keys, tokens, dim, of_heads, logits, tile->stride, 3); break;
             default: multiply_queries(keys, tokens, dim, of_heads, logits, tile->stride, 4);
         }
-        h += heads;
     }
 }
 
@@ -90,7 +85,7 @@ ALWAYS_INLINE void add_columns(const float *values, int tokens, int dim, int col
 }
 
 ALWAYS_INLINE void add_values(const float *values, int tokens, int dim, const Tile *tile, const int heads) {
-    const int vectors = VALUE_VECTORS(heads), width = vectors * NATIVE_LANES;
+    const int vectors = TILE_VECTORS(heads, VALUE_SUMS), width = vectors * NATIVE_LANES;
     int c = 0;
     for (; c + width <= dim; c += width)
         add_columns(values + c, tokens, dim, width, tile, tile->sums + c, heads, vectors);

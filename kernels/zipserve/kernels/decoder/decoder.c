@@ -33,13 +33,11 @@ typedef struct {
     int64_t dim;
 } Rope;
 
-// Attention of one layer: what it shares with all layers that see the same positions, and what is its own.
+// How one layer attends.
 typedef struct {
-    const Attention *step;  // without queries, fresh keys and values, output, and what follows here
-    const uint8_t *sealed, *sinks, *open_keys, *open_values;
     const float *sink_logits;
-    float *weights;
     float scale, softcap;
+    int32_t step, pad;  // which of the program's steps: what all layers that see the same positions have in common
 } LayerAttention;
 
 typedef struct {
@@ -47,7 +45,8 @@ typedef struct {
     const Buffer *buffers;
     const Rope *ropes;
     const LayerAttention *layers;
-    const Attention *const *steps;  // every one of the layers' once
+    const Attention *const *steps;  // of layer 0, without queries, fresh keys and values, output and LayerAttention
+    float *weights;                 // of the open blocks: [layers][rows][block_tokens], or NULL
     float *packed;   // [rows][most inputs]
     float *scratch;  // [threads][scratch_stride]
     int64_t scratch_stride;
@@ -55,11 +54,6 @@ typedef struct {
 } Program;
 
 // ---- rows
-
-static void normalize(const float *x, const float *weight, int64_t n, float eps, float *out) {
-    const float scale = zs_inverse_rms(x, n, eps);
-    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
-}
 
 static void rotate(float *x, const float *cos, const float *sin, int64_t dim) {
     const int64_t half = dim / 2;
@@ -75,7 +69,7 @@ static void prepare_heads(const Program *p, const Op *op, int row) {
     float *head = buffer->data + row * buffer->stride;
     for (int h = 0; h < op->query_heads + op->key_heads; h++, head += op->dim) {
         const float *norm = h < op->query_heads ? op->norm : op->key_norm;
-        if (norm) normalize(head, norm, op->dim, op->eps, head);
+        if (norm) zs_normalize(head, norm, op->dim, op->eps, head);
         if (op->index >= 0) {
             const Rope *rope = p->ropes + op->index;
             rotate(head, rope->cos + row * rope->dim, rope->sin + row * rope->dim, rope->dim);
@@ -86,7 +80,7 @@ static void prepare_heads(const Program *p, const Op *op, int row) {
 static void norm_add(const Program *p, const Op *op, int row, float *normal) {
     const Buffer *source = p->buffers + op->source, *target = p->buffers + op->target;
     float *out = target->data + row * target->stride;
-    normalize(source->data + row * source->stride, op->norm, op->dim, op->eps, normal);
+    zs_normalize(source->data + row * source->stride, op->norm, op->dim, op->eps, normal);
     for (int i = 0; i < op->dim; i++) out[i] += normal[i];
 }
 
@@ -127,9 +121,7 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
 static void attend(const Program *p, const Op *op, AttentionPlan *const *plans) {
     const Buffer *source = p->buffers + op->source;
     const LayerAttention *layer = p->layers + op->index;
-    Attention a = *layer->step;
-    int step = 0;
-    while (p->steps[step] != layer->step) step++;
+    Attention a = *p->steps[layer->step];
     const int64_t key_dim = a.form->key_dim, value_dim = a.form->value_dim;
     a.query = source->data;
     a.fresh_keys = a.query + a.heads * key_dim;
@@ -137,44 +129,32 @@ static void attend(const Program *p, const Op *op, AttentionPlan *const *plans) 
     a.query_strides[0] = a.fresh_key_strides[0] = a.fresh_value_strides[0] = source->stride;
     a.query_strides[1] = a.fresh_key_strides[1] = key_dim;
     a.fresh_value_strides[1] = value_dim;
-    a.sealed = layer->sealed;
-    a.sinks = layer->sinks;
-    a.open_keys = layer->open_keys;
-    a.open_values = layer->open_values;
+    a.sealed += op->index * a.sealed_layer;
+    a.sinks += op->index * a.sinks_layer;
+    a.open_keys += op->index * a.open_key_layer;
+    a.open_values += op->index * a.open_value_layer;
     a.sink_logits = layer->sink_logits;
-    a.weights = layer->weights;
+    if (p->weights) a.weights = p->weights + (int64_t)op->index * a.rows * a.form->block_tokens;
     a.scale = layer->scale;
     a.softcap = layer->softcap;
     a.output = p->buffers[op->target].data;
-    zs_attend(plans[step], &a);
+    zs_attend(plans[layer->step], &a);
 }
 
 // ---- the program
 
-static int64_t rows_of(const Program *p, int64_t begin) {
-    return MIN(p->rows - begin, BLOCK_ROWS);
-}
-
-// Block by block of rows, which stay in the cache while the weights pass by.
-static void multiply(const Program *p, const Op *op, Team team) {
-    const Buffer *source = p->buffers + op->source, *target = p->buffers + op->target;
-    const int64_t inputs = op->matrix->inputs;
-    for (int64_t begin = 0; begin < p->rows; begin += BLOCK_ROWS) {
-        const Strips strips = zs_strips(rows_of(p, begin));
-        const Rows rows = {source->data + begin * source->stride, source->stride, inputs, op->norm, op->eps};
-        zs_pack(&rows, &strips, &team, p->packed + begin * inputs);
-    }
+static void multiply(const Program *p, const Op *op, const Team *team) {
+    const Buffer *source = p->buffers + op->source;
+    const Rows rows = {source->data, p->rows, source->stride, op->matrix->inputs, op->norm, op->eps};
+    zs_pack(&rows, team, p->packed);
 #pragma omp barrier
-    for (int64_t begin = 0; begin < p->rows; begin += BLOCK_ROWS, team.next += team.threads) {
-        const Strips strips = zs_strips(rows_of(p, begin));
-        Output output = {{target->data + begin * target->stride, target->stride}, op->epilogue};
-        float *scratch = p->scratch + team.thread * p->scratch_stride;
-        zs_gemm(op->matrix, &strips, p->packed + begin * inputs, &team, scratch, put, &output);
-    }
+    Output output = {p->buffers[op->target], op->epilogue};
+    float *scratch = p->scratch + team->thread * p->scratch_stride;
+    zs_gemm(op->matrix, p->rows, p->packed, team, scratch, put, &output);
 }
 
 static void run(const Program *p, const Op *op, const Team *team, AttentionPlan *const *plans) {
-    if (op->kind == OP_LINEAR) return multiply(p, op, *team);
+    if (op->kind == OP_LINEAR) return multiply(p, op, team);
     if (op->kind == OP_ATTEND) return attend(p, op, plans);
 #pragma omp for nowait
     for (int row = 0; row < p->rows; row++) {
@@ -187,12 +167,12 @@ static int run_all(const Program *p, AttentionPlan *const *plans) {
     int64_t products = 0;
     for (int i = 0; i < p->count; i++)
         if (p->ops[i].matrix) products += p->ops[i].matrix->inputs * p->ops[i].matrix->outputs * p->rows;
-    const int64_t blocks = (p->rows + BLOCK_ROWS - 1) / BLOCK_ROWS;
-    int *next = calloc(p->count * blocks * p->threads + 1, sizeof *next);
+    const int64_t counters = zs_gemm_counters(p->rows, p->threads);
+    int *next = calloc(p->count * counters + 1, sizeof *next);
     if (!next) return -2;
 #pragma omp parallel num_threads(p->threads) if (products > WAKING_PRODUCTS)
     for (int i = 0; i < p->count; i++) {
-        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next + i * blocks * p->threads};
+        const Team team = {omp_get_thread_num(), omp_get_num_threads(), next + i * counters};
         run(p, p->ops + i, &team, plans);
 #pragma omp barrier
     }
@@ -216,6 +196,6 @@ int zs_decoder(const Program *p) {
 
 // Floats of a thread's scratch for products of so many inputs.
 int64_t zs_decoder_scratch(int64_t inputs, int rows) {
-    const int64_t of_gemm = zs_gemm_scratch(inputs, MIN(rows, BLOCK_ROWS));
+    const int64_t of_gemm = zs_gemm_scratch(inputs, rows);
     return ((of_gemm > inputs ? of_gemm : inputs) + 15) / 16 * 16;
 }

@@ -6,7 +6,6 @@ from typing import TypeAlias
 
 import torch
 
-from zipserve.kernels.attention import DecodeStep
 from zipserve.kernels.linear import PackedMatrix
 
 
@@ -77,21 +76,7 @@ class Attend:
     target: str
     """[rows, query heads x value_dim]"""
     layer: int
-    """Which of the workspace's attentions."""
+    """Its number: in the workspace's attentions, and in their blocks."""
 
 
 Operation: TypeAlias = Linear | Heads | NormAdd | Attend
-
-
-@dataclass(frozen=True, eq=False)
-class LayerAttention:
-    """How the rows of a step attend in one layer; see zipserve.kernels.attention.DecodeStep.attend."""
-
-    step: DecodeStep
-    """Layers that see the same positions have it in common."""
-    layer: int
-    """Its number in the step's blocks."""
-    scale: float
-    softcap: float | None = None
-    sink_logits: torch.Tensor | None = None
-    weights: torch.Tensor | None = None

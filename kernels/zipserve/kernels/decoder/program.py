@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from zipserve.kernels import native
-from zipserve.kernels.attention import DecodeStep
-from zipserve.kernels.attention.cpu import Call, raise_wrong
-from zipserve.kernels.decoder.operations import Activation, Attend, Heads, LayerAttention, Linear, Operation
+from zipserve.kernels.attention.cpu import raise_wrong
+from zipserve.kernels.decoder.attentions import Attentions
+from zipserve.kernels.decoder.operations import Activation, Attend, Heads, Linear, Operation
 from zipserve.kernels.decoder.reference import run_reference
 from zipserve.kernels.linear.cpu import structure_of
 
@@ -33,17 +33,10 @@ class _Rope(ctypes.Structure):
     _fields_ = (("cos", ctypes.c_void_p), ("sin", ctypes.c_void_p), ("dim", ctypes.c_int64))
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("step", "sealed", "sinks", "open_keys", "open_values")),
-        *((name, ctypes.c_void_p) for name in ("sink_logits", "weights")),
-        *((name, ctypes.c_float) for name in ("scale", "softcap")),
-    )
-
-
 class _Program(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("ops", "buffers", "ropes", "layers", "steps", "packed", "scratch")),
+        *((name, ctypes.c_void_p) for name in ("ops", "buffers", "ropes", "layers", "steps", "weights")),
+        *((name, ctypes.c_void_p) for name in ("packed", "scratch")),
         ("scratch_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("count", "rows", "threads", "step_count")),
     )
@@ -57,7 +50,7 @@ class Workspace:
         buffers: Mapping[str, torch.Tensor],
         ropes: Sequence[tuple[torch.Tensor, torch.Tensor]],
         inputs_max: int,
-        attentions: Sequence[LayerAttention] = (),
+        attentions: Attentions | None = None,
         attends: tuple[str, str] = ("", ""),
     ) -> None:
         """
@@ -65,14 +58,13 @@ class Workspace:
             buffers: float32 [rows, columns] each, contiguous rows; their order is that of the programs' names.
             ropes: cosines and sines, float32 [rows, width] each, contiguous.
             inputs_max: most inputs of any matrix of the programs.
-            attentions: of each layer, for programs that attend.
+            attentions: for programs that attend.
             attends: the buffer with their queries, keys and values, and the one for what they find.
 
         Raises:
             ValueError: a buffer does not hold what the attentions need.
         """
-        self.buffers, self.ropes, self.attentions = dict(buffers), list(ropes), list(attentions)
-        self._kept: list[object] = []
+        self.buffers, self.ropes, self.attentions = dict(buffers), list(ropes), attentions
         library = native.load()
         if library is None:
             return
@@ -83,40 +75,20 @@ class Workspace:
         self._ropes = (_Rope * len(ropes))(*(_Rope(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in ropes))
         packed = self._memory.data_ptr()
         scratch = packed + 4 * rows * inputs_max
-        steps, layers = self._lay_out(*attends)
         self.structure = _Program(
-            *(0, ctypes.addressof(self._buffers), ctypes.addressof(self._ropes)),
-            *(ctypes.addressof(layers), ctypes.addressof(steps), packed, scratch, stride),
-            *(0, rows, threads, len(steps)),
+            *(0, ctypes.addressof(self._buffers), ctypes.addressof(self._ropes), None, None, None),
+            *(packed, scratch, stride, 0, rows, threads, 0),
         )
-        self._kept += steps, layers
+        if attentions is not None:
+            self._attend(attentions, *(self.buffers[name] for name in attends))
 
-    def _lay_out(self, heads: str, attended: str) -> tuple["ctypes.Array[ctypes.c_void_p]", "ctypes.Array[_Layer]"]:
-        """The attentions as C takes them: every step once, and the layers."""
-        calls: dict[DecodeStep, Call] = {}
-        layers = []
-        for how in self.attentions:
-            call = calls.get(how.step)
-            if call is None:
-                call = calls[how.step] = self._call(how.step, self.buffers[heads], self.buffers[attended])
-            sink_logits = None if how.sink_logits is None else how.sink_logits.float().contiguous()
-            call.check(sink_logits, how.weights)
-            self._kept.append(sink_logits)
-            numbers = (_pointer(sink_logits), _pointer(how.weights), how.scale, how.softcap or 0.0)
-            layers.append(_Layer(ctypes.addressof(call.arguments), *how.step.addresses(how.layer), *numbers))
-        steps = [ctypes.addressof(call.arguments) for call in calls.values()]
-        return (ctypes.c_void_p * len(steps))(*steps), (_Layer * len(layers))(*layers)
-
-    @staticmethod
-    def _call(step: DecodeStep, heads: torch.Tensor, attended: torch.Tensor) -> Call:
-        query, key, value = step.heads(heads)
-        if attended.shape[1] != query.shape[1] * value.shape[2] or not attended.is_contiguous():
-            raise ValueError(f"attention gives {query.shape[1]} x {value.shape[2]} columns, not {attended.shape[1]}")
-        call = step.call(query)
-        if call is None:
-            raise ValueError("the C kernel cannot attend over these blocks")
-        call.check_heads(query, (key, value))
-        return call
+    def _attend(self, attentions: Attentions, rows: torch.Tensor, attended: torch.Tensor) -> None:
+        calls = attentions.calls(rows, attended)
+        self._steps = (ctypes.c_void_p * len(calls))(*(ctypes.addressof(call.arguments) for call in calls))
+        structure = self.structure
+        structure.layers = ctypes.addressof(attentions.layers.structures)
+        structure.steps, structure.step_count = ctypes.addressof(self._steps), len(calls)
+        structure.weights = _pointer(attentions.weights)
 
     def bind(self, name: str, rows: torch.Tensor) -> None:
         """Puts other rows in the place of a buffer's."""

@@ -5,23 +5,25 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.nn.functional as F  # noqa: N812  its usual name
 
-from zipserve.kernels.decoder.operations import Activation, Attend, Heads, LayerAttention, Linear, Operation
+from zipserve.kernels.decoder.attentions import Attentions
+from zipserve.kernels.decoder.operations import Activation, Attend, Heads, Linear, Operation
 from zipserve.kernels.linear import linear_reference
 from zipserve.kernels.linear.matrix import PANEL
+from zipserve.kernels.norm import rms_norm_reference
 
 
 def run_reference(
     operations: Sequence[Operation],
     buffers: Mapping[str, torch.Tensor],
     ropes: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    attentions: Sequence[LayerAttention] = (),
+    attentions: Attentions | None = None,
 ) -> None:
     """Runs `operations` in order.
 
     Args:
         buffers: float32 [rows, columns] each, changed in place.
         ropes: cosines and sines, float32 [rows, width] each.
-        attentions: of each layer.
+        attentions: for operations that attend.
     """
     for op in operations:
         if isinstance(op, Linear):
@@ -29,15 +31,14 @@ def run_reference(
         elif isinstance(op, Heads):
             _heads(op, buffers[op.target], ropes)
         elif isinstance(op, Attend):
-            _attend(buffers[op.source], buffers[op.target], attentions[op.layer])
+            assert attentions is not None
+            _attend(op, buffers, attentions)
         else:
             buffers[op.target] += _norm(buffers[op.source], op.norm, op.eps)
 
 
 def _norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
-    if weight is None:
-        return x
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+    return x if weight is None else rms_norm_reference(x, weight, eps)
 
 
 def _linear(op: Linear, buffers: Mapping[str, torch.Tensor]) -> None:
@@ -62,10 +63,12 @@ def _heads(op: Heads, rows: torch.Tensor, ropes: Sequence[tuple[torch.Tensor, to
         turned.copy_(turned * cos + torch.cat((-upper, lower), -1) * sin)
 
 
-def _attend(source: torch.Tensor, target: torch.Tensor, how: LayerAttention) -> None:
-    query, key, value = how.step.heads(source)
-    output = how.step.attend(
-        how.layer, query, (key, value), scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits,
-        weights=how.weights,
+def _attend(op: Attend, buffers: Mapping[str, torch.Tensor], attentions: Attentions) -> None:
+    how, weights = attentions.layers.layers[op.layer], attentions.weights
+    step = attentions.steps[how.step]
+    query, key, value = step.heads(buffers[op.source])
+    output = step.attend(
+        op.layer, query, (key, value), scale=how.scale, softcap=how.softcap, sink_logits=how.sink_logits,
+        weights=None if weights is None else weights[op.layer],
     )  # fmt: skip
-    target.copy_(output.flatten(1))
+    buffers[op.target].copy_(output.flatten(1))

@@ -12,6 +12,7 @@
 #define SINGLE_ROWS 6
 #endif
 #define VECTORS (PANEL / NATIVE_LANES)  // of a panel
+#define BLOCK_ROWS 120                  // that are multiplied together: packed, they stay in the second-level cache
 #define DEPTH 1024                      // inputs of a pair that stay in the second-level cache
 #define PACK_INPUTS 64                  // of a strip that are packed together: they stay in the first-level cache
 #define AHEAD 4096                      // bytes that are prefetched of the stream of weights
@@ -140,16 +141,33 @@ typedef void Multiply(const Tile *t, int rows);
 static Multiply *const singles[] = {single_float32, single_bfloat16, single_float16, single_int8};
 static Multiply *const doubles[] = {pair_float32, pair_bfloat16, pair_float16, pair_int8};
 
-Strips zs_strips(int rows) {
-    const int is_single = rows > PAIR_ROWS;
+// A block of the rows of a product, cut into strips.
+typedef struct {
+    int64_t first;                 // row
+    int rows, strips, strip_rows;  // all strips have strip_rows rows but the last ones, which may have one less
+    int is_paired;                 // a tile takes two panels at once, else one
+} Strips;
+
+// The block that begins with row `first` of `count`.
+static Strips strips_of(int64_t count, int64_t first) {
+    const int rows = count - first < BLOCK_ROWS ? count - first : BLOCK_ROWS, is_single = rows > PAIR_ROWS;
     const int most = is_single ? SINGLE_ROWS : PAIR_ROWS, strips = (rows + most - 1) / most;
-    return (Strips){rows, strips, (rows + strips - 1) / strips, !is_single};
+    return (Strips){first, rows, strips, (rows + strips - 1) / strips, !is_single};
+}
+
+// First row of a strip, counted from the block's; what all strips before it take of the block's part of a packed buffer
+// of `inputs` columns is that many times it.
+static int strip_begin(const Strips *s, int strip) {
+    const int longer = s->rows - s->strips * (s->strip_rows - 1);  // strips that have strip_rows rows
+    return strip * s->strip_rows - (strip > longer ? strip - longer : 0);
 }
 
 int64_t zs_gemm_scratch(int64_t inputs, int rows) {
-    const int64_t depth = inputs < DEPTH || zs_strips(rows).strips == 1 ? inputs : DEPTH;
-    return PAIR * (rows + depth);
+    const Strips s = strips_of(rows, 0);
+    return PAIR * (s.rows + (inputs < DEPTH || s.strips == 1 ? inputs : DEPTH));
 }
+
+int64_t zs_gemm_counters(int64_t rows, int threads) { return (rows + BLOCK_ROWS - 1) / BLOCK_ROWS * threads; }
 
 // Both panels of a pair as floats, one after the other.
 static void widen(const char *weights, int64_t panel_bytes, int64_t depth, WeightType type, float *out) {
@@ -202,7 +220,7 @@ static void multiply_rows(const Matrix *m, const Strips *s, const float *packed,
     }
 }
 
-// A pair of panels by all rows, to the sink.
+// A pair of panels by the rows of a block, to the sink.
 static void multiply_panels(const Matrix *m, const Strips *s, const float *packed, int64_t pair, float *scratch,
                             Sink *sink, void *context) {
     const int64_t pair_bytes = m->inputs * PAIR * type_bytes[m->type], column = pair * PAIR;
@@ -212,13 +230,13 @@ static void multiply_panels(const Matrix *m, const Strips *s, const float *packe
     finish(m, sums, s->rows, column);
     for (int strip = 0; strip < s->strips; strip++) {
         const int begin = strip_begin(s, strip), rows = strip_begin(s, strip + 1) - begin;
-        sink(context, sums + begin * PAIR, begin, rows, column, left < PAIR ? left : PAIR);
+        sink(context, sums + begin * PAIR, s->first + begin, rows, column, left < PAIR ? left : PAIR);
     }
 }
 
 // Every thread begins with a run of neighbours, which is one stream of memory; who is done helps the others.
-void zs_gemm(const Matrix *m, const Strips *s, const float *packed, const Team *team, float *scratch, Sink *sink,
-             void *context) {
+static void multiply_block(const Matrix *m, const Strips *s, const float *packed, const Team *team, float *scratch,
+                           Sink *sink, void *context) {
     const int64_t pairs = (m->outputs + PAIR - 1) / PAIR, threads = team->threads;
     for (int i = 0; i < threads; i++) {
         const int64_t owner = (team->thread + i) % threads;
@@ -231,13 +249,27 @@ void zs_gemm(const Matrix *m, const Strips *s, const float *packed, const Team *
     }
 }
 
-float zs_inverse_rms(const float *x, int64_t n, float eps) {
+void zs_gemm(const Matrix *m, int64_t rows, const float *packed, const Team *team, float *scratch, Sink *sink,
+             void *context) {
+    Team of_block = *team;
+    for (int64_t first = 0; first < rows; first += BLOCK_ROWS, of_block.next += team->threads) {
+        const Strips s = strips_of(rows, first);
+        multiply_block(m, &s, packed + first * m->inputs, &of_block, scratch, sink, context);
+    }
+}
+
+static float inverse_rms(const float *x, int64_t n, float eps) {
     f32x16 squares = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES) squares += load16(x + i) * load16(x + i);
     float sum = sum_lanes(squares);
     for (; i < n; i++) sum += x[i] * x[i];
     return 1.0f / sqrtf(sum / n + eps);
+}
+
+void zs_normalize(const float *x, const float *weight, int64_t n, float eps, float *out) {
+    const float scale = inverse_rms(x, n, eps);
+    for (int64_t i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
 static float packed_value(const Rows *rows, const float *x, int r, int64_t i, float scale) {
@@ -264,7 +296,7 @@ ALWAYS_INLINE void pack_square(const Rows *rows, const float *x, int count, int6
 static void pack_strip(const Rows *rows, const float *x, int count, int64_t from, int64_t to, float *packed) {
     float scales[SINGLE_ROWS];
     for (int r = 0; r < count; r++)
-        scales[r] = rows->norm ? zs_inverse_rms(x + r * rows->stride, rows->inputs, rows->eps) : 1;
+        scales[r] = rows->norm ? inverse_rms(x + r * rows->stride, rows->inputs, rows->eps) : 1;
     for (int64_t block = from; block < to; block += PACK_INPUTS) {
         const int64_t end = block + PACK_INPUTS < to ? block + PACK_INPUTS : to;
         for (int r = 0; r < count; r += 4) {
@@ -280,7 +312,7 @@ static void pack_strip(const Rows *rows, const float *x, int count, int64_t from
 
 // Few strips are shared by their inputs and many as a whole: two threads that wrote rows of the same strip would write
 // the same cache lines.
-void zs_pack(const Rows *rows, const Strips *s, const Team *team, float *packed) {
+static void pack_block(const Rows *rows, const Strips *s, const Team *team, float *packed) {
     const int thread = team->thread, threads = team->threads;
     const int is_shared = s->strips < threads;
     const int begin = is_shared ? 0 : s->strips * thread / threads;
@@ -288,7 +320,15 @@ void zs_pack(const Rows *rows, const Strips *s, const Team *team, float *packed)
     const int64_t from = is_shared ? rows->inputs * thread / threads : 0;
     const int64_t to = is_shared ? rows->inputs * (thread + 1) / threads : rows->inputs;
     for (int strip = begin; strip < end; strip++) {
-        const int first = strip_begin(s, strip), count = strip_begin(s, strip + 1) - first;
-        pack_strip(rows, rows->x + first * rows->stride, count, from, to, packed + first * rows->inputs);
+        const int64_t row = s->first + strip_begin(s, strip);
+        const int count = strip_begin(s, strip + 1) - strip_begin(s, strip);
+        pack_strip(rows, rows->x + row * rows->stride, count, from, to, packed + row * rows->inputs);
+    }
+}
+
+void zs_pack(const Rows *rows, const Team *team, float *packed) {
+    for (int64_t first = 0; first < rows->count; first += BLOCK_ROWS) {
+        const Strips s = strips_of(rows->count, first);
+        pack_block(rows, &s, team, packed);
     }
 }

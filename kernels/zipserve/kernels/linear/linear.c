@@ -25,23 +25,21 @@ static void put(void *context, const float *sums, int begin, int rows, int colum
 }
 
 void zs_linear(const Linear *l) {
-    const Strips strips = zs_strips(l->rows);
     const int64_t inputs = l->matrices[0]->inputs, scratch = zs_gemm_scratch(inputs, l->rows);
-    const Rows rows = {.x = l->x, .stride = inputs, .inputs = inputs};
+    const int64_t counters = zs_gemm_counters(l->rows, l->threads);
+    const Rows rows = {.x = l->x, .count = l->rows, .stride = inputs, .inputs = inputs};
     int64_t outputs = 0;
     for (int i = 0; i < l->count; i++) outputs += l->matrices[i]->outputs;
-    int next[l->count * l->threads];
+    int next[l->count * counters];
     memset(next, 0, sizeof next);
 #pragma omp parallel num_threads(l->threads) if (inputs * outputs * l->rows > WAKING_PRODUCTS)
     {
-        const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
-        const Team all = {thread, threads, next};
-        zs_pack(&rows, &strips, &all, l->packed);
+        Team team = {omp_get_thread_num(), omp_get_num_threads(), next};
+        zs_pack(&rows, &team, l->packed);
 #pragma omp barrier
-        for (int i = 0; i < l->count; i++) {
-            const Team team = {thread, threads, next + i * l->threads};
+        for (int i = 0; i < l->count; i++, team.next += counters) {
             Output output = {l->outs[i], l->matrices[i]->outputs};
-            zs_gemm(l->matrices[i], &strips, l->packed, &team, l->scratch + thread * scratch, put, &output);
+            zs_gemm(l->matrices[i], l->rows, l->packed, &team, l->scratch + team.thread * scratch, put, &output);
         }
     }
 }

@@ -13,9 +13,6 @@ typedef struct {
 
 void zs_rms_norm(const Norm *n) {
 #pragma omp parallel for num_threads(n->threads) if (n->rows * n->columns > WAKING_NUMBERS)
-    for (int64_t row = 0; row < n->rows; row++) {
-        const float *x = n->x + row * n->columns;
-        const float scale = zs_inverse_rms(x, n->columns, n->eps);
-        for (int64_t i = 0; i < n->columns; i++) n->out[row * n->columns + i] = x[i] * scale * n->weight[i];
-    }
+    for (int64_t row = 0; row < n->rows; row++)
+        zs_normalize(n->x + row * n->columns, n->weight, n->columns, n->eps, n->out + row * n->columns);
 }

@@ -16,7 +16,7 @@ import torch
 from transformers import AttentionInterface
 
 from zipserve.common.errors import InvalidRequestError
-from zipserve.kernels.decoder import LayerAttention
+from zipserve.kernels.attention import DecodeStep
 
 IMPLEMENTATION = "zipserve"
 
@@ -66,9 +66,21 @@ class Attender(Protocol):
             [tokens, heads, value_dim]
         """
 
-    def attentions(self, scorings: Sequence[Scoring]) -> list[LayerAttention] | None:
-        """How the layers attend, for a program that computes all of them; None: by `attend`, one after another."""
+    def steps(self, visibilities: Sequence[Visibility]) -> tuple[list[DecodeStep], torch.Tensor | None] | None:
+        """For a program that computes all layers: what they attend over under each visibility, and where the weights of
+        the open blocks are wanted (zipserve.kernels.decoder.Attentions). None: they are to `attend`, one by one.
+        """
         return None
+
+
+class Zeros(Attender):
+    """Answers zeros, for passes whose numbers do not matter."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scoring: Scoring
+    ) -> torch.Tensor:
+        """See Attender."""
+        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
 
 
 # A family may drop unknown keyword arguments on the way down (stablelm does), so the batch cannot be one.

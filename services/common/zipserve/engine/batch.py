@@ -5,13 +5,13 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from zipserve.common.errors import KvValueError
-from zipserve.engine.attention import Attender, Scoring
+from zipserve.engine.attention import Attender, Scoring, Visibility
 from zipserve.engine.cache import KvCache
 from zipserve.engine.chunk import Chunk
 from zipserve.engine.codec import REFUSALS
 from zipserve.engine.decode import DecodeRows
 from zipserve.engine.sequence import Segment
-from zipserve.kernels.decoder import LayerAttention
+from zipserve.kernels.attention import DecodeStep
 
 
 class Batch(Attender):
@@ -22,6 +22,7 @@ class Batch(Attender):
         decode = [segments[index].sequence for index in order if len(segments[index].token_ids) == 1]
         self._decode = DecodeRows(decode, cache) if decode else None
         self._order = order
+        self._layers = cache.layout.layers
         self._chunks: list[tuple[slice, Chunk]] = []
         self.calls = 0
         """Layers that have been computed."""
@@ -64,10 +65,11 @@ class Batch(Attender):
             output[rows] = chunk.attend(layer, query[:, rows], key[:, rows], value[:, rows], scoring)
         return output
 
-    def attentions(self, scorings: SequenceOf[Scoring]) -> list[LayerAttention] | None:
+    def steps(self, visibilities: SequenceOf[Visibility]) -> tuple[list[DecodeStep], torch.Tensor | None] | None:
         """See zipserve.engine.attention.Attender. Who takes them computes all layers."""
-        found = None if self._decode is None or self._chunks else self._decode.attentions(scorings)
-        self.calls += len(found or ())
+        found = None if self._decode is None or self._chunks else self._decode.steps(visibilities)
+        if found is not None:
+            self.calls += self._layers
         return found
 
     def seal(self) -> None:

@@ -10,7 +10,6 @@ from zipserve.engine.cache import KvCache
 from zipserve.engine.codec import decoded
 from zipserve.engine.sequence import Sequence
 from zipserve.kernels.attention import DecodeStep, OpenBlocks, SealedBlocks
-from zipserve.kernels.decoder import LayerAttention
 from zipserve.kernels.zipformat import probe_offsets
 
 
@@ -89,21 +88,11 @@ class DecodeRows:
             .to(query.dtype)
         )
 
-    def attentions(self, scorings: SequenceOf[Scoring]) -> list[LayerAttention] | None:
+    def steps(self, visibilities: SequenceOf[Visibility]) -> tuple[list[DecodeStep], torch.Tensor | None] | None:
         """See zipserve.engine.attention.Attender; None where blocks are decoded layer by layer."""
         if not self._is_direct or self._cache.device.type != "cpu":
             return None
-        return [
-            LayerAttention(
-                self._step(layer, scoring.visibility),
-                layer,
-                scoring.scale,
-                scoring.softcap,
-                scoring.sinks,
-                None if self._weights is None else self._weights[layer],
-            )
-            for layer, scoring in enumerate(scorings)
-        ]
+        return [self._step(0, visibility) for visibility in visibilities], self._weights
 
     def seal(self) -> None:
         """After the last layer: notes what the probe rows paid, and seals the blocks that became full."""

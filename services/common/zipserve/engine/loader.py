@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import MODEL_DTYPES
 from zipserve.common.models import ModelFiles
-from zipserve.engine.attention import IMPLEMENTATION, Attender, Scoring, attending
+from zipserve.engine.attention import IMPLEMENTATION, Scoring, Zeros, attending
 from zipserve.engine.codec import TORCH_DTYPES
 from zipserve.engine.model import LoadedModel, ModuleForward
 
@@ -95,8 +95,8 @@ def wrap(module: Any, name: str, revision: str, context_tokens: int | None = Non
     )
 
 
-class _Recorder(Attender):
-    """Takes note of the KV of every layer, and answers zeros."""
+class _Recorder(Zeros):
+    """Takes note of the KV of every layer."""
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, tuple[int, int, int]]] = []
@@ -110,7 +110,7 @@ class _Recorder(Attender):
         self.shapes.append((layer, (key.shape[0], key.shape[2], value.shape[2])))
         self.scorings.append(scoring)
         self.heads = query.shape[0]
-        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])
+        return super().attend(layer, query, key, value, scoring)
 
     def shape(self, name: str) -> tuple[int, int, int]:
         """kv_heads, key_dim and value_dim of all layers."""

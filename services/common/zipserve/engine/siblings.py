@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zipserve.engine.attention import Attender, Scoring, attending
+from zipserve.engine.attention import Zeros, attending
 from zipserve.engine.model import LoadedModel
 from zipserve.kernels.linear import PackedMatrix, Products
 
@@ -41,7 +41,7 @@ def find_siblings(model: LoadedModel, kinds: tuple[type[nn.Module], ...]) -> lis
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     tokens = torch.arange(2, device=model.device)[None]
     try:
-        with attending(_Zeros()), torch.no_grad():  # tensors of inference mode have no versions
+        with attending(Zeros()), torch.no_grad():  # tensors of inference mode have no versions
             model.logits(tokens, tokens, tokens[0])
     finally:
         for hook in hooks:
@@ -60,18 +60,3 @@ def _grouped(calls: list[tuple[nn.Module, torch.Tensor, int]]) -> list[list[nn.M
         before = x, version
     names = [layer for layer, _, _ in calls]
     return [group for group in groups if len(group) > 1 and all(names.count(layer) == 1 for layer in group)]
-
-
-class _Zeros(Attender):
-    """What is called with what does not depend on numbers."""
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scoring: Scoring,
-    ) -> torch.Tensor:
-        """See zipserve.engine.attention.Attender."""
-        return query.new_zeros(query.shape[1], query.shape[0], value.shape[2])

@@ -106,10 +106,9 @@ class PrefixIndex:
 
     def make_room(self, missing: Mapping[SlabKind, int]) -> None:
         """Evicts until so many slabs of each kind are free; no more are missing than are available."""
-        for block in self._victims():
-            if all(count <= self.pools.free(kind) for kind, count in missing.items()):
-                break
-            self._evict(block)
+        victims = self._victims()
+        while any(count > self.pools.free(kind) for kind, count in missing.items()):
+            self._evict(next(victims))
 
     def discard(self, block: CachedBlock) -> None:
         """Takes out a block that is not what it should be, and all behind it. Who holds slabs of theirs goes on so."""

@@ -103,10 +103,16 @@ class KvPuller:
             async with asyncio.timeout(_SETTLE_TIMEOUT_S):
                 await self._none_held.wait()
 
-    def note(self, lease: "HeldLease", *, held: bool) -> None:
-        """A lease begins to be held, or is not any more."""
-        (self._leases.add if held else self._leases.discard)(lease)
-        (self._none_held.clear if self._leases else self._none_held.set)()
+    def note_held(self, lease: "HeldLease") -> None:
+        """A lease begins to be held."""
+        self._leases.add(lease)
+        self._none_held.clear()
+
+    def note_closed(self, lease: "HeldLease") -> None:
+        """A lease is not held any more."""
+        self._leases.discard(lease)
+        if not self._leases:
+            self._none_held.set()
 
     def open(self, handle: kv_pb2.KvHandle) -> kv_pb2.KvClaims:
         """The claims of a handle, checked against signature, layout and arithmetic.
@@ -282,7 +288,7 @@ class HeldLease:
         self._metadata = tracing.outgoing(request_id)
         self._released = False
         self._confirmed = asyncio.Event()
-        puller.note(self, held=True)
+        puller.note_held(self)
         self._lost = asyncio.create_task(self._keep(), name="lease-heartbeat")
         """Ends with the error that ended the lease."""
 
@@ -318,7 +324,7 @@ class HeldLease:
             if not self._released:
                 await self._release(_LAST_TRY_TIMEOUT_S if is_lost else _RPC_TIMEOUT_S)
         finally:
-            self._puller.note(self, held=False)
+            self._puller.note_closed(self)
 
     async def while_alive(self, work: Coroutine[Any, Any, T]) -> T:
         """Waits for something, but not for longer than the lease lives: a peer that is lost may never deliver.

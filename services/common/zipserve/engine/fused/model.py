@@ -9,7 +9,18 @@ from torch import nn
 from zipserve.engine.attention import Scoring, in_hand
 from zipserve.engine.fused.recognition import Decoder, Layer, Norm
 from zipserve.engine.packing import bias_of, embedding_over, take, take_down, take_gates, take_weight
-from zipserve.kernels.decoder import Attend, Heads, Linear, NormAdd, Operation, Program, Workspace
+from zipserve.kernels.decoder import (
+    Attend,
+    Attentions,
+    Heads,
+    LayerAttention,
+    Layers,
+    Linear,
+    NormAdd,
+    Operation,
+    Program,
+    Workspace,
+)
 from zipserve.kernels.linear import PackedMatrix, pack
 
 BUFFERS = ("hidden", "heads", "attended", "gated", "normal", "logits")
@@ -31,7 +42,8 @@ class FusedModel:
             storage: of the weights, see zipserve.kernels.linear.pack.
         """
         self._heads, self._kv_heads, self._key_dim, self._value_dim = heads
-        self._decoder, self.scorings = decoder, tuple(scorings)
+        self._decoder = decoder
+        self.scorings = tuple(scorings)
         is_tied = decoder.embedding.weight is decoder.head.weight
         head = take(decoder.head, storage)
         self._embedding: nn.Module = embedding_over(head, decoder.embedding) if is_tied else decoder.embedding
@@ -56,14 +68,31 @@ class FusedModel:
         hidden = self._embedding(token_ids)[0].float().contiguous()
         buffers = {name: hidden.new_empty(len(hidden), self._columns.get(name, 0)) for name in BUFFERS}
         buffers["hidden"] = hidden
-        attentions = in_hand().attentions(self.scorings)
+        attentions = self._attentions()
         ropes = self._ropes(hidden, positions)
-        workspace = Workspace(buffers, ropes, self._inputs_max, attentions or (), ("heads", "attended"))
+        workspace = Workspace(buffers, ropes, self._inputs_max, attentions, ("heads", "attended"))
         if attentions is None:
             self._run_by_layer(workspace)
         else:
             self._whole.run(workspace)
         return self._logits(hidden[rows])
+
+    @property
+    def scorings(self) -> tuple[Scoring, ...]:
+        """Of each layer's attention."""
+        return self._scorings
+
+    @scorings.setter
+    def scorings(self, scorings: Sequence[Scoring]) -> None:
+        self._scorings = tuple(scorings)
+        self._visibilities = list(dict.fromkeys(scoring.visibility for scoring in scorings))
+        step_of = self._visibilities.index
+        self._layers = Layers([LayerAttention(step_of(s.visibility), s.scale, s.softcap, s.sinks) for s in scorings])
+
+    def _attentions(self) -> Attentions | None:
+        """None: the layers attend one by one."""
+        found = in_hand().steps(self._visibilities)
+        return None if found is None else Attentions(self._layers, *found)
 
     def _run_by_layer(self, workspace: Workspace) -> None:
         query, key, value = self._split(workspace.buffers["heads"])
