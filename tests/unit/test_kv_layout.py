@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from zipserve.common.errors import LayoutMismatchError
 from zipserve.common.kv import layout as layouts
-from zipserve.common.kv.layout import HEADER_BYTES, SLAB_ALIGNMENT_BYTES, Layout, SlabKind
+from zipserve.common.kv.layout import CODECS, HEADER_BYTES, SLAB_ALIGNMENT_BYTES, Layout, SlabKind
+from zipserve.v1.kv_pb2 import KvLayout
 
 BASE = Layout(
     model="model", revision="0123", layers=3, kv_heads=2, key_dim=16, value_dim=32, dtype="float32", block_tokens=64
@@ -134,3 +135,16 @@ def test_bits_of_a_sequence_count_tail_sinks_and_headers() -> None:
 def test_blocks_for(layout: Layout, tokens: int) -> None:
     blocks = layout.blocks_for(tokens)
     assert blocks * layout.block_tokens >= tokens > (blocks - 1) * layout.block_tokens or tokens == blocks == 0
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_layout_travels(codec: str) -> None:
+    layout = Layout("m", "r" * 64, 2, 3, 64, 64, "float32", codec, block_tokens=64, rank=1, ranks=2)
+    assert Layout.from_proto(KvLayout.FromString(layout.to_proto().SerializeToString())) == layout
+
+
+def test_a_layout_that_nobody_knows_is_refused() -> None:
+    message = Layout("m", "r", 2, 3, 64, 64, "float32").to_proto()
+    message.codec = "zip-9/9"
+    with pytest.raises(LayoutMismatchError, match="zip-9/9"):
+        Layout.from_proto(message)

@@ -134,6 +134,7 @@ class Device:
             layout_description=self.layout.description,
             block_tokens=self.layout.block_tokens,
             version=__version__,
+            layout=self.layout.to_proto(),
         )
 
     @property
