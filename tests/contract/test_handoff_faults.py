@@ -127,7 +127,7 @@ async def test_a_handle_of_a_former_life_is_refused(tiny_model: Path, redis_url:
         pair = Pair(await cluster_workers.prefill(), decode)
         worker_id, incarnation = former.settings.worker_id, pair.prefill.service.device.incarnation
         assert pair.prefill.settings.worker_id == worker_id
-        view = decode.service._registry
+        view = decode.service.peers.registry
         assert view is not None
         # until the decode worker knows the new life, it finds the old one unreachable
         await until(lambda: (r := view.find(worker_id)) is not None and r.incarnation == incarnation, "it is known")

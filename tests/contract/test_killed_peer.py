@@ -36,7 +36,7 @@ class Process:
 
     async def known(self, decode: Decode) -> WorkerRecord:
         """Returns when the decode worker knows this life."""
-        view = decode.service._registry
+        view = decode.service.peers.registry
         assert view is not None
 
         def record() -> WorkerRecord | None:

@@ -19,6 +19,7 @@ from zipserve.common import errors
 from zipserve.common.kv.header import SlabIdentity, verify
 from zipserve.common.kv.layout import HEADER_BYTES, SlabKind
 from zipserve.common.kv.prefix import prefix_hashes
+from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.rpc.status import client_errors, from_rpc_error
 from zipserve.common.sampling import Sampling
@@ -342,7 +343,7 @@ async def test_goes_away_between_the_result_and_its_answer(prefill: Prefill, mon
     """As close as it gets: the result is there, its caller has not seen it yet."""
     source, issue = prefill.service.source, prefill.service.source.issue
     task = asyncio.create_task(
-        prefill.service.worker.prefill("r", prompt(40), [Sampler(Sampling(temperature=0))], time.monotonic() + 20)
+        prefill.service.worker.prefill("r", prompt(40), [Sampler(Sampling(temperature=0))], Deadline(20))
     )
 
     def issue_and_cancel(*args: Any) -> KvHandle:

@@ -12,6 +12,7 @@ from oracle import Oracle
 from polling import until
 from workers import Prefill, Workers, prompt, value
 from zipserve.common import errors
+from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
 from zipserve.engine.sampling import Sampler
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
@@ -118,7 +119,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(prefill: Prefill
     with pytest.raises(
         errors.DeadlineError, match=r"200 tokens takes 0\.[3-9]\d s at least, its deadline is in 0\.[12]"
     ):
-        await prefill.service.worker.prefill("r", prompt(LONG), [Sampler(Sampling())], time.monotonic() + 0.2)
+        await prefill.service.worker.prefill("r", prompt(LONG), [Sampler(Sampling())], Deadline(0.2))
     assert len(pace.steps) == steps
 
 

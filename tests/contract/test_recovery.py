@@ -40,7 +40,7 @@ def swap(prefill: Prefill) -> None:
 
 
 def free(prefill: Prefill) -> None:
-    prefill.service.source._end(held(prefill)[0])
+    prefill.service.source.release(held(prefill)[0])
 
 
 FAULTS: dict[str, Callable[[Prefill], None]] = {"BLOCK_CORRUPT": flip, "BLOCK_SWAPPED": swap, "BLOCK_STALE": free}

@@ -65,7 +65,7 @@ async def test_salts_reach_the_worker_and_part_the_prompts(peers: tuple[Cluster,
     cluster, prefills = peers
     for salt in ("a", "b", "a", "b"):
         await ask(cluster, [3] * (2 * BLOCK), cache_salt=salt)
-    salts = [[request.cache_salt for request in peer.requests] for peer in prefills]  # type: ignore[union-attr]
+    salts = [[request.cache_salt for request in peer.requests] for peer in prefills]
     assert salts == [["a", "a"], ["b", "b"]]
 
 

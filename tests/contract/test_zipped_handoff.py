@@ -103,8 +103,7 @@ async def test_blocks_survive_prefill_decode_and_a_store_bit_by_bit(cluster_work
         places = [*((SlabKind.SINKS, s) for s in slabs.sinks), *((SlabKind.BLOCK, s) for s in slabs.blocks[:2])]
         held = [bytes(pair.decode.service.device.slab_view(*place)) for place in places]
         assert [data[: len(part)] for data, part in zip(held, sent, strict=False)] == sent[:3]
-        assert pair.decode.service._transport is not None
-        stored = await store(pair.decode.service._transport, pair.decode.service.device.arenas, places, claims)
+        stored = await store(pair.decode.service.peers.transport, pair.decode.service.device.arenas, places, claims)
         assert stored == sent[:3]
     finally:
         gate.open()

@@ -52,7 +52,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.index = PrefixIndex(self.pools, blocks_max)
         self.evicted: list[bytes] = []
         self.freed: list[tuple[SlabKind, int]] = []
-        self.index.on_evicted = self.evicted.append
+        self.index.on_removed = lambda block: self.evicted.append(block.name)
         self.pools.on_free = lambda kind, slab: self.freed.append((kind, slab))
         self.blocks_max = blocks if blocks_max is None else blocks_max
         self.sequences: list[Sequence] = []
@@ -75,7 +75,6 @@ class IndexMachine(RuleBasedStateMachine):
         held_before = {block.name for block in self.index._blocks.values()}
         self.evicted.clear()
         self.index.note_request(names)
-        self.index.make_room(missing)
         assert self.pools.try_extend(slabs, len(path) * BLOCK)
         assert set(self.evicted) == held_before - self.index._blocks.keys()
         assert set(self.evicted).isdisjoint(names[: len(run)])

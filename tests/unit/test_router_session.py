@@ -24,6 +24,7 @@ from zipserve.common.errors import (
     WorkerLostError,
     ZipserveError,
 )
+from zipserve.common.kv.holders import Holders
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
@@ -202,7 +203,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.in_flight = InFlight()
-        self.prefixes = Prefixes(1000)
+        self.prefixes = Prefixes(1000, Holders(), 0.0)
         self.deadline = Deadline(self.deadline_s)
         job = Job("r1", PROMPT, Sampling(seed=1), self.max_tokens, self.stop, frozenset({STOP_ID}))
         self.transcript = Transcript(job, Detokenizer(lambda ids: "".join(f"<{i}>" for i in ids), ()))

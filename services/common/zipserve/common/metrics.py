@@ -53,7 +53,15 @@ class Metrics:
             ["outcome"], registry=self.registry,
         )  # fmt: skip
         self.prefix_evictions = Counter(
-            "zipserve_kv_prefix_evictions", "Cached blocks that made room for others", registry=self.registry
+            "zipserve_kv_prefix_evictions", "Cached blocks that can be found no more, most to make room for others",
+            registry=self.registry,
+        )  # fmt: skip
+        self.prefix_fetches = Counter(
+            "zipserve_kv_prefix_fetches", "Fetches of blocks that others hold, by outcome: fetched, missed or failed",
+            ["outcome"], registry=self.registry,
+        )  # fmt: skip
+        self.prefix_blocks_fetched = Counter(
+            "zipserve_kv_prefix_blocks_fetched", "Blocks fetched from others", registry=self.registry
         )
         self.queued_requests = Gauge("zipserve_queued_requests", "Requests waiting", registry=self.registry)
         self.running_requests = Gauge("zipserve_running_requests", "Requests being computed", registry=self.registry)

@@ -21,3 +21,8 @@ class DecodeSettings(WorkerSettings):
     parked_bytes_max: int = Field(default=1 << 30, ge=0)
     """Most host memory for sequences that had to make room for older ones, in bytes; one beyond fails, and is replayed
     elsewhere."""
+    lease_ttl_s: float = Field(default=10.0, gt=0.0)
+    """Time for which blocks that a reader has asked for wait for it without a heartbeat, in seconds."""
+    prefix_blocks_max: int | None = Field(default=None, ge=0)
+    """Most blocks that others find, or later sequences, those in use included. They take no slab that a sequence needs.
+    0: none. Unset: as many as there are slabs."""

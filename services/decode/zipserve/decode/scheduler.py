@@ -10,6 +10,7 @@ from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.common.kv.allocator import SlabAllocator
 from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import SlabPools, Slabs
+from zipserve.common.kv.prefix_index import CachedBlock, PrefixIndex
 
 T = TypeVar("T")
 
@@ -40,6 +41,8 @@ class Ticket(Generic[T]):
     """Called when it gets its slabs and slot, at first and after it was parked."""
     priority: int = 0
     """Higher goes first; first come, first served within."""
+    names: Sequence[bytes] = ()
+    """Of its first blocks, those that it may have from the index."""
     tail_of: int = 0
     """Its length at the handoff; 0 when it comes without a tail slab to read."""
     forks: int = 0
@@ -47,6 +50,8 @@ class Ticket(Generic[T]):
     number: int = field(default=-1, init=False)
     place: Place = field(default=Place.OUTSIDE, init=False)
     slabs: Slabs = field(default_factory=Slabs, init=False)
+    run: list[CachedBlock] = field(default_factory=list, init=False)
+    """Its first blocks, as far as they are those of the index; when it is admitted, those that were there."""
     slot: int = field(default=-1, init=False)
     fork_slots: list[int] = field(default_factory=list, init=False)
     """Of the forks that have not come yet."""
@@ -59,9 +64,10 @@ def _rank(ticket: Ticket[T]) -> tuple[int, int]:
 class DecodeScheduler(Generic[T]):
     """Gives sequences slabs as they grow, by priority, then by arrival.
 
-    Who is admitted gets the slabs for the tokens that it comes with, when as many are left that everybody can grow by a
-    block. When they run out all the same, the last in rank is parked. Parked and waiting sequences stand in one line,
-    whose first is never overtaken. The first in rank of the running ones is never parked: it can always finish.
+    Who is admitted gets the slabs for the tokens that it comes with, of blocks that are in the index the same, when as
+    many are left that everybody can grow by a block. When they run out all the same, the last in rank is parked. Parked
+    and waiting sequences stand in one line, whose first is never overtaken. The first in rank of the running ones is
+    never parked: it can always finish.
 
     Args:
         parked_bytes: host memory of a parked sequence of so many tokens.
@@ -69,7 +75,7 @@ class DecodeScheduler(Generic[T]):
 
     def __init__(
         self,
-        pools: SlabPools,
+        index: PrefixIndex,
         *,
         slots: int,
         queue_requests_max: int,
@@ -77,7 +83,8 @@ class DecodeScheduler(Generic[T]):
         parked_bytes_max: int,
         parked_bytes: Callable[[int], int],
     ) -> None:
-        self.pools = pools
+        self.index = index
+        self.pools = index.pools
         self.slots = SlabAllocator(slots, "slots")
         self._queue_requests_max = queue_requests_max
         self._queue_tokens_max = queue_tokens_max
@@ -146,6 +153,7 @@ class DecodeScheduler(Generic[T]):
         """Admits the forks of an admitted sequence: they share its slabs, and have slots of their own."""
         for i, fork in enumerate(forks, start=1):
             self.pools.share(ticket.slabs, fork.slabs)
+            fork.run = list(ticket.run)
             fork.slot = ticket.fork_slots.pop()
             fork.number = ticket.number + i
             self._move(fork, Place.ADMITTED)
@@ -166,12 +174,17 @@ class DecodeScheduler(Generic[T]):
         if self.pools.give_back_tail(ticket.slabs):
             self._admit()
 
+    def give_back(self, slabs: Slabs) -> None:
+        """Takes slabs back that somebody else held."""
+        self.pools.give_back(slabs)
+        self._admit()
+
     def victim(self) -> Ticket[T] | None:
         """Who must be parked, or leave, so that the others can grow; None when they can."""
         running = self._tickets[Place.RUNNING]
         kinds = (SlabKind.BLOCK, SlabKind.SINKS)
         missing = [self.pools.missing(ticket.slabs, ticket.tokens) for ticket in running]
-        if len(running) < 2 or all(sum(m[kind] for m in missing) <= self.pools.free(kind) for kind in kinds):
+        if len(running) < 2 or all(sum(m[kind] for m in missing) <= self.pools.available(kind) for kind in kinds):
             return None
         return max(running, key=_rank)
 
@@ -211,17 +224,25 @@ class DecodeScheduler(Generic[T]):
         reserve += (1 + ticket.forks) * (blocks(ticket.tokens) < blocks(ticket.total_tokens))
         if self.slots.free < 1 + ticket.forks:
             return False
+        # Who was parked brings all of its KV along, and what was its own may be somebody else's by now.
+        ticket.run = [] if ticket.place is Place.PARKED else self.index.find(ticket.names)
+        held = self.index.hold(ticket.run)
+        new_blocks = blocks(ticket.tokens) - len(ticket.run)
         # Alone on the worker it is admitted all the same: forks that cannot grow together take turns.
-        if holders and blocks(ticket.tokens) + reserve > self.pools.blocks.free:
+        has_room = not holders or new_blocks + reserve <= self.pools.available(SlabKind.BLOCK)
+        if not has_room or not self.pools.try_extend(held, ticket.tokens, ticket.tail_of):
+            self.pools.give_back(held)
             return False
-        if not self.pools.try_extend(ticket.slabs, ticket.tokens, ticket.tail_of):
-            return False
+        self.index.note_request(ticket.names)
+        for kind in SlabKind:
+            ticket.slabs.of(kind).extend(held.of(kind))
         ticket.slot, *ticket.fork_slots = self.slots.take(1 + ticket.forks)
         ticket.tail_of = ticket.forks = 0
         return True
 
     def _free(self, ticket: Ticket[T]) -> None:
         self.pools.give_back(ticket.slabs)
+        ticket.run = []
         if ticket.slot >= 0:
             self.slots.give_back([ticket.slot, *ticket.fork_slots])
             ticket.slot = -1
@@ -236,6 +257,7 @@ class DecodeScheduler(Generic[T]):
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""
+        self.index.check_integrity()
         self.pools.check_integrity()
         self.slots.check_integrity()
         holders = self._tickets[Place.ADMITTED] + self._tickets[Place.RUNNING]
@@ -246,7 +268,8 @@ class DecodeScheduler(Generic[T]):
 
 
 def _check_held(holders: Iterable[Ticket[T]], pools: SlabPools) -> None:
-    """Asserts that every slab is held as often as there are sequences that have it."""
+    """Asserts that every slab is held at least as often as there are sequences that have it: the index and leases may
+    hold it too."""
     held = Counter(slab for ticket in holders for slab in ticket.slabs)
     for kind, allocator in (
         (SlabKind.BLOCK, pools.blocks),
@@ -254,5 +277,5 @@ def _check_held(holders: Iterable[Ticket[T]], pools: SlabPools) -> None:
         (SlabKind.SINKS, pools.sinks),
     ):
         for slab in range(allocator.count):
-            if allocator.holders(slab) != held[kind, slab]:
+            if allocator.holders(slab) < held[kind, slab]:
                 raise AssertionError(f"{kind.name} slab {slab} is not held by the {held[kind, slab]} that have it")

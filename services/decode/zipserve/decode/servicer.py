@@ -6,6 +6,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from zipserve.common.errors import InvalidRequestError, ZipserveError
+from zipserve.common.kv.prefix import PrefixChain, chain_salt
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
@@ -74,6 +75,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
         params = Sampling.from_proto(request.sampling)
         params.check_ids(self._device.vocab_tokens)
         newest = [(request.token_id, params.seed), *((sibling.token_id, sibling.seed) for sibling in request.siblings)]
+        chain = self._chain(request)
         return [
             Continuation(
                 request_id=request.request_id,
@@ -89,9 +91,19 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
                 stop_token_ids=frozenset(request.stop_token_ids),
                 priority=request.priority,
                 prompt=tuple(request.prompt_token_ids),
+                chain=chain and chain.copy(),
             )
             for token_id, seed in newest
         ]
+
+    def _chain(self, request: decode_service_pb2.DecodeRequest) -> PrefixChain | None:
+        """Names of the blocks before the newest token; None where nothing is to be shared."""
+        token_ids, layout = request.prompt_token_ids or request.past_token_ids, self._device.layout
+        if not token_ids or self._worker.shares_nothing:
+            return None
+        chain = PrefixChain(layout.block_tokens, chain_salt(layout.fingerprint, request.cache_salt))
+        chain.extend(token_ids)
+        return chain
 
     def _check(self, request: decode_service_pb2.DecodeRequest) -> None:
         if request.max_new_tokens < 1:
@@ -144,6 +156,7 @@ async def _told(streams: list[Stream], deadline: Deadline) -> AsyncGenerator[dec
 
 def _computed(item: Computed) -> decode_service_pb2.Computed:
     return decode_service_pb2.Computed(
+        cached_tokens=item.cached_tokens,
         queue_time=to_duration(item.queue_s),
         compute_time=to_duration(item.compute_s),
         prompt_logprobs=item.prompt_logprobs,

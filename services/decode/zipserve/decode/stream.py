@@ -2,13 +2,17 @@
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from zipserve.common.errors import ZipserveError
+from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.prefix import PrefixChain
 from zipserve.common.transfer.puller import PullStats
 from zipserve.decode.scheduler import Ticket
 from zipserve.engine.parking import ParkedKv
 from zipserve.engine.sampling import Drawn, Sampler
 from zipserve.engine.sequence import Segment, Sequence
+from zipserve.v1.kv_pb2 import BlockRef
 from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 
@@ -25,12 +29,25 @@ class Continuation:
     priority: int = 0
     prompt: tuple[int, ...] = ()
     """The whole sequence so far, if it is to be computed here and not pulled."""
+    chain: PrefixChain | None = None
+    """Names of the blocks of the tokens before the newest one, or of the prompt; None: none is found by others."""
+
+
+class Filling(NamedTuple):
+    """A block that will be full after a step."""
+
+    slabs: list[tuple[SlabKind, int]]
+    """The sinks first, if it has any."""
+    generations: list[int]
+    block: int
+    name: bytes
 
 
 @dataclass(frozen=True)
 class Computed:
     """What computing a prompt here took."""
 
+    cached_tokens: int
     queue_s: float
     compute_s: float
     prompt_logprobs: list[TokenLogprobs]
@@ -65,6 +82,12 @@ class Stream:
     """Of the prompt's tokens computed so far."""
     pulled: PullStats = field(default_factory=lambda: PullStats(0, 0, 0.0, 0.0))
     queue_s: float = 0.0
+    cached_tokens: int = 0
+    """Of its prompt, those that were not computed because their KV was here."""
+    filling: list[Filling] = field(default_factory=list)
+    """Of the step that runs."""
+    sealed: list[tuple[int, bytes, tuple[BlockRef, ...]]] = field(default_factory=list)
+    """Number, name and slabs of those that it has filled since."""
     parked: ParkedKv | None = None
     """Its KV, from the moment it had to make room until it is back in the cache."""
     generated: int = 0

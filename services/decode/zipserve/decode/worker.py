@@ -17,9 +17,12 @@ from zipserve.common.errors import (
     ZipserveError,
 )
 from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.transfer.puller import KvPuller
+from zipserve.common.transfer.source import KvSource
+from zipserve.decode.checkpoints import Checkpoints, check_chain, local_slabs
 from zipserve.decode.pacing import Pacing
 from zipserve.decode.scheduler import DecodeScheduler, Ticket
 from zipserve.decode.stream import Computed, Continuation, Finish, Stream
@@ -46,12 +49,16 @@ class DecodeWorker:
         self,
         device: Device,
         scheduler: DecodeScheduler[Stream],
+        checkpoints: Checkpoints,
+        source: KvSource,
         puller: KvPuller,
         pacing: Pacing,
         metrics: Metrics,
     ) -> None:
         self._device = device
         self._scheduler = scheduler
+        self._checkpoints = checkpoints
+        self._source = source
         self._puller = puller
         self._pacing = pacing
         self._metrics = metrics
@@ -80,16 +87,19 @@ class DecodeWorker:
         """
         with self._counted(), ExitStack() as opened:
             claims = self._puller.open(handle)
+            check_chain(claims, continuations[0].chain)
             total = claims.tokens + continuations[0].max_new_tokens
             streams = [opened.enter_context(self._opened(one, claims.tokens, total)) for one in continuations]
             first, *siblings = streams
             first.ticket.tail_of, first.ticket.forks = claims.tokens, len(siblings)
+            if first.continuation.chain is not None:
+                first.ticket.names = list(first.continuation.chain.names)
             async with self._puller.lease(claims, continuations[0].request_id) as lease:
                 self._scheduler.submit(first.ticket)
                 await lease.while_alive(self._admitted(first, deadline))
-                free = {kind: iter(first.ticket.slabs.of(kind)) for kind in SlabKind}
-                slabs = [next(free[SlabKind(ref.kind)]) for ref in claims.refs]
-                first.pulled = await lease.pull(slabs, deadline)
+                await self._checkpoints.check(first)
+                first.pulled = await lease.pull(local_slabs(claims, first), deadline)
+            await self._checkpoints.share_pulled(first, claims.tokens)
             self._scheduler.fork(first.ticket, [sibling.ticket for sibling in siblings])
             for index, stream in enumerate(streams):
                 stream.index, stream.output = index, first.output
@@ -108,8 +118,13 @@ class DecodeWorker:
         """
         tokens = len(continuation.prompt)
         with self._counted(), self._opened(continuation, tokens, tokens + continuation.max_new_tokens - 1) as stream:
+            if continuation.chain is not None and continuation.sampling.params.prompt_logprobs is None:
+                block_tokens = self._device.layout.block_tokens
+                stream.ticket.names = continuation.chain.names[: (tokens - 1) // block_tokens]
             self._scheduler.submit(stream.ticket)
             await self._admitted(stream, deadline)
+            await self._checkpoints.check(stream)
+            stream.cached_tokens = stream.sequence.length = len(stream.ticket.run) * self._device.layout.block_tokens
             self._join(stream)
             yield stream
 
@@ -148,9 +163,21 @@ class DecodeWorker:
         self._scheduler.start(stream.ticket)
         self._work.set()
 
+    @property
+    def shares_nothing(self) -> bool:
+        """Whether no block is found by others, nor by later sequences."""
+        return self._scheduler.index.is_off
+
     async def drained(self) -> None:
-        """Returns when no sequence is left."""
+        """Returns when no sequence is left, and nobody reads here."""
         await self._idle.wait()
+        await self._source.no_leases()
+
+    def free(self, slabs: Slabs) -> None:
+        """Takes slabs back whose lease has ended."""
+        self._scheduler.give_back(slabs)
+        self._note_levels()
+        self._work.set()
 
     async def run(self) -> None:
         """Steps all running sequences, for ever."""
@@ -174,8 +201,9 @@ class DecodeWorker:
 
     async def _run_step(self, turns: list[Turn]) -> None:
         self._in_use = [stream for stream, _ in turns]
-        for stream in self._in_use:
+        for stream, tokens in turns:
             stream.place()
+            self._checkpoints.plan(stream, tokens)
         outcomes = await self._try_step(turns)
         self._in_use = []
         for (stream, _), outcome in zip(turns, outcomes, strict=True):
@@ -231,11 +259,14 @@ class DecodeWorker:
         """After a step: its slabs are filled, and it has a new token unless its prompt goes on."""
         stream.parked = None
         self._scheduler.free_tail(stream.ticket)
+        self._checkpoints.publish(stream)
         if drawn is None:
             return
         if stream.continuation.prompt and not stream.generated:
             compute_s = time.monotonic() - stream.joined_s
-            stream.output.put_nowait((stream.index, Computed(stream.queue_s, compute_s, stream.prompt_logprobs)))
+            stream.output.put_nowait(
+                (stream.index, Computed(stream.cached_tokens, stream.queue_s, compute_s, stream.prompt_logprobs))
+            )
             self._metrics.prompt_tokens.inc(len(stream.continuation.prompt))
         token_id = drawn.token_id
         stream.output.put_nowait((stream.index, drawn))
@@ -277,7 +308,8 @@ class DecodeWorker:
         metrics.queued_requests.set(scheduler.queued_requests)
         metrics.parked_requests.set(scheduler.parked_requests)
         metrics.parked_bytes.set(scheduler.parked_bytes)
-        metrics.free_blocks.set(scheduler.pools.blocks.free)
+        metrics.free_blocks.set(scheduler.pools.available(SlabKind.BLOCK))
+        metrics.cached_blocks.set(len(scheduler.index))
 
     def _on_admitted(self, ticket: Ticket[Stream]) -> None:
         ticket.payload.admitted.set()
@@ -304,6 +336,9 @@ class DecodeWorker:
             top = streams[i].continuation.sampling.params.prompt_logprobs or 0
             streams[i].prompt_logprobs += prompt_logprobs(rows, streams[i].continuation.prompt, starts[i], top)
         outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(turns))]
+        for stream, failed in zip(streams, outcomes, strict=True):
+            if failed is None:
+                self._checkpoints.seal(stream)
         last = [i for i, stream in enumerate(streams) if not stream.left and outcomes[i] is None]
         samplers = [streams[i].continuation.sampling for i in last]
         positions = [streams[i].first_position + streams[i].generated for i in last]

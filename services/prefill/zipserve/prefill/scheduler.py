@@ -112,12 +112,11 @@ class PrefillScheduler(Generic[T]):
         """Jobs that have been started."""
         return len(self._started)
 
-    def submit(self, job: Job[T], now_s: float) -> None:
-        """Takes a job into the queue.
+    def check_room(self, job: Job[T]) -> None:
+        """Asserts that a job may come into the queue.
 
         Raises:
             InvalidRequestError: it could never be computed here.
-            DeadlineError: it would certainly come too late.
             OverloadedError: the queue is full.
         """
         needed, there_are = self.pools.sealed_blocks(job.tokens), self.pools.blocks.count
@@ -126,17 +125,26 @@ class PrefillScheduler(Generic[T]):
                 f"a prompt of {job.tokens} tokens needs {needed} KV blocks, this worker has {there_are}",
                 field="token_ids",
             )
-        if self._is_late(job, now_s):
-            takes_s = self._throughput.seconds_at_least(self._to_compute(job), now_s)
-            raise DeadlineError(
-                f"a prompt of {job.tokens} tokens takes {takes_s:.2f} s at least, "
-                f"its deadline is in {max(0.0, job.deadline_s - now_s):.2f} s"
-            )
         if len(self._waiting) >= self._queue_requests_max:
             raise OverloadedError(f"{len(self._waiting)} requests wait, the limit is {self._queue_requests_max}")
         if self._waiting and self.queued_tokens + job.tokens > self._queue_tokens_max:
             raise OverloadedError(
                 f"{self.queued_tokens} tokens wait and {job.tokens} came, the limit is {self._queue_tokens_max}"
+            )
+
+    def submit(self, job: Job[T], now_s: float) -> None:
+        """Takes a job into the queue.
+
+        Raises:
+            InvalidRequestError, OverloadedError: see `check_room`.
+            DeadlineError: it would certainly come too late.
+        """
+        self.check_room(job)
+        if self._is_late(job, now_s):
+            takes_s = self._throughput.seconds_at_least(self._to_compute(job), now_s)
+            raise DeadlineError(
+                f"a prompt of {job.tokens} tokens takes {takes_s:.2f} s at least, "
+                f"its deadline is in {max(0.0, job.deadline_s - now_s):.2f} s"
             )
         self._arrivals += 1
         job.number = self._arrivals
@@ -211,7 +219,6 @@ class PrefillScheduler(Generic[T]):
             self.pools.give_back(slabs)
             return False
         self.index.note_request(job.names)
-        self.index.make_room(missing)
         self.pools.try_extend(slabs, job.tokens, tail_of=job.tokens)
         self.remove(job)
         job.run, job.reused_blocks, job.computed = run, len(run), len(run) * self.pools.block_tokens

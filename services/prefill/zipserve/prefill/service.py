@@ -6,9 +6,11 @@ import grpc
 
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
+from zipserve.common.kv.seals import Seals
 from zipserve.common.metrics import Metrics
-from zipserve.common.transfer.source import KvSource
-from zipserve.common.transport import Transport, TransportFactory
+from zipserve.common.transfer.peers import Peers
+from zipserve.common.transfer.sharing import IndexShelf
+from zipserve.common.transport import TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
 from zipserve.engine.device import Device
 from zipserve.prefill.config import PrefillSettings
@@ -16,20 +18,30 @@ from zipserve.prefill.prompt import Prompt
 from zipserve.prefill.scheduler import PrefillScheduler
 from zipserve.prefill.servicer import PrefillServicer
 from zipserve.prefill.worker import PrefillWorker
-from zipserve.v1 import kv_transfer_service_pb2_grpc, prefill_service_pb2_grpc
+from zipserve.v1 import prefill_service_pb2_grpc
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
+
+_READS_FROM = (WorkerRole.WORKER_ROLE_PREFILL, WorkerRole.WORKER_ROLE_DECODE, WorkerRole.WORKER_ROLE_KVSTORE)
 
 
 class PrefillService:
     """A `zipserve.common.rpc.server.Service`."""
 
     def __init__(self, settings: PrefillSettings, open_transport: TransportFactory = NixlTransport) -> None:
-        self._open_transport = open_transport
         self._settings = settings
         self.metrics = Metrics()
         self.device = Device(settings)
-        self._transport: Transport | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self.peers = Peers(
+            settings,
+            self.device.incarnation,
+            self.metrics,
+            open_transport,
+            lease_ttl_s=settings.lease_ttl_s,
+            reads_from=_READS_FROM,
+            fetch_s=settings.fetch_s,
+        )
+        self.source = self.peers.source
+        self._loop: asyncio.Task[None] | None = None
 
     async def start(self, address: str) -> None:
         settings, device = self._settings, self.device
@@ -44,29 +56,18 @@ class PrefillService:
             queue_requests_max=settings.queue_requests_max,
             queue_tokens_max=settings.queue_tokens_max,
         )
-        self.source = KvSource(
-            worker_id=settings.worker_id,
-            incarnation=device.incarnation,
-            secret=settings.secret.get_secret_value().encode(),
-            layout=device.layout,
-            lease_ttl_s=settings.lease_ttl_s,
-            metrics=self.metrics,
-        )
-        self.worker = PrefillWorker(device, self.scheduler, self.source, self.metrics)
+        index, seals = self.scheduler.index, Seals(device.layout, device.incarnation, device.slab_view)
+        await self.peers.open()
+        await self.peers.join(IndexShelf(index, seals), device.arenas)
+        fetcher = self.peers.fetcher
+        self.worker = PrefillWorker(device, self.scheduler, seals, self.source, fetcher, self.metrics)
         self.source.on_free = self.worker.free
-        agent = f"{settings.worker_id}-{device.incarnation:016x}"
-        self._transport = self._open_transport(agent, device.arenas, self.source.notified)
-        self.source.attach(self._transport, device.arenas)
-        self._tasks = [
-            asyncio.create_task(self.worker.run(), name="prefill-loop"),
-            asyncio.create_task(self.source.run_reaper(), name="lease-reaper"),
-        ]
+        self._loop = asyncio.create_task(self.worker.run(), name="prefill-loop")
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         servicer = PrefillServicer(self.worker, self.source, self.device, self._settings.deadline_default_s)
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
-        kv_transfer_service_pb2_grpc.add_KvTransferServiceServicer_to_server(self.source, server)
-        return ["zipserve.v1.PrefillService", "zipserve.v1.KvTransferService"]
+        return ["zipserve.v1.PrefillService", *self.peers.add_to(server)]
 
     def capabilities(self) -> Capabilities:
         return self._capabilities
@@ -84,17 +85,17 @@ class PrefillService:
 
     def begin_drain(self) -> None:
         self.worker.draining = True
+        self.peers.sharing.draining = True
 
     async def drained(self) -> None:
         await self.worker.drained()
 
     def loops(self) -> list[asyncio.Task[None]]:
-        return self._tasks
+        return [self._loop, *self.peers.loops()] if self._loop else []
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._transport is not None:
-            await asyncio.to_thread(self._transport.close)
+        if self._loop is not None:
+            self._loop.cancel()
+            await asyncio.gather(self._loop, return_exceptions=True)
+        await self.peers.close()
         await asyncio.to_thread(self.device.close)

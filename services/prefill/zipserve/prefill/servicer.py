@@ -43,7 +43,7 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             request.request_id,
             list(request.token_ids),
             samplers,
-            deadline.at_s,
+            deadline,
             request.priority,
             request.cache_salt,
         )

@@ -9,7 +9,10 @@ from zipserve.common.errors import DeadlineError, DrainingError, KvValueError, U
 from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.kv.prefix import chain_salt, prefix_hashes
+from zipserve.common.kv.seals import Seals
 from zipserve.common.metrics import Metrics
+from zipserve.common.rpc.channel import Deadline
+from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
 from zipserve.engine.logprobs import prompt_logprobs
@@ -17,7 +20,7 @@ from zipserve.engine.sampling import Drawn, Sampler, draw
 from zipserve.engine.sequence import Segment, Sequence
 from zipserve.prefill.prompt import Prefilled, Prompt
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
-from zipserve.prefill.sealing import Sealer
+from zipserve.prefill.sealing import seal_blocks, seal_tail
 from zipserve.v1 import kv_pb2
 
 _log = log.get()
@@ -37,26 +40,36 @@ _Outcome = _Computed | ZipserveError | None
 class PrefillWorker:
     """The queue, the steps and the slabs of one prefill worker. Lives in the event loop; `_compute` does not."""
 
-    def __init__(self, device: Device, scheduler: PrefillScheduler[Prompt], source: KvSource, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        device: Device,
+        scheduler: PrefillScheduler[Prompt],
+        seals: Seals,
+        source: KvSource,
+        fetcher: PrefixFetcher,
+        metrics: Metrics,
+    ) -> None:
         self._device = device
         self._scheduler = scheduler
+        self._seals = seals
         self._source = source
+        self._fetcher = fetcher
         self._metrics = metrics
-        self._sealer = Sealer(device)
+        self._fetching = 0
+        """Prompts that wait for blocks of others."""
         self._stepping: list[Job[Prompt]] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
-        scheduler.pools.on_free = self._sealer.poison
-        scheduler.index.on_evicted = lambda _: metrics.prefix_evictions.inc()
+        scheduler.pools.on_free = seals.poison
 
     async def prefill(
         self,
         request_id: str,
         token_ids: list[int],
         samplers: list[Sampler],
-        deadline_s: float,
+        deadline: Deadline,
         priority: int = 0,
         cache_salt: str = "",
     ) -> Prefilled:
@@ -64,7 +77,6 @@ class PrefillWorker:
 
         Args:
             samplers: of each choice that is wanted; at least one.
-            deadline_s: on time.monotonic()'s clock.
             priority: higher goes first.
             cache_salt: prompts with other ones share no block with this one.
 
@@ -79,13 +91,15 @@ class PrefillWorker:
         now_s = time.monotonic()
         layout = self._device.layout
         names = prefix_hashes(token_ids, layout.block_tokens, chain_salt(layout.fingerprint, cache_salt))
-        job = self._job(Prompt(request_id, token_ids, samplers, names, now_s, result), deadline_s, priority)
-        self._scheduler.submit(job, now_s)
+        job = self._job(Prompt(request_id, token_ids, samplers, names, now_s, result), deadline.at_s, priority)
+        self._scheduler.check_room(job)
+        await self._fetch(job, deadline)
+        self._scheduler.submit(job, time.monotonic())
         self._note_levels()
         self._idle.clear()
         self._work.set()
         try:
-            async with asyncio.timeout(deadline_s - time.monotonic()):
+            async with asyncio.timeout(deadline.at_s - time.monotonic()):
                 return await result
         except TimeoutError as error:
             self._abandon(job)
@@ -102,6 +116,16 @@ class PrefillWorker:
             if prompt.samplers[0].params.prompt_logprobs is None:  # else the logits of every token are needed
                 job.reusable_blocks = (job.tokens - 1) // block_tokens
         return job
+
+    async def _fetch(self, job: Job[Prompt], deadline: Deadline) -> None:
+        """Brings blocks here that others hold; what does not come is computed."""
+        self._fetching += 1
+        self._idle.clear()
+        try:
+            await self._fetcher.fetch(job.names[: job.reusable_blocks], deadline, job.payload.request_id)
+        finally:
+            self._fetching -= 1
+            self._note_idle()
 
     def _abandon(self, job: Job[Prompt]) -> None:
         """Nobody waits for the result any more."""
@@ -175,7 +199,7 @@ class PrefillWorker:
         """Those of which a reused block is not what it should be; it leaves the index."""
         refused = []
         for job in jobs:
-            unsound = await self._device.run(self._sealer.first_unsound, job.run)
+            unsound = await self._device.run(self._seals.first_unsound, job.run)
             if unsound is not None:
                 error = unsound.error
                 self._metrics.handoff_failures.labels(error.reason).inc()
@@ -232,7 +256,7 @@ class PrefillWorker:
 
     def _note_idle(self) -> None:
         self._note_levels()
-        if not self._scheduler.queued_requests and not self._scheduler.running_requests:
+        if not (self._fetching or self._scheduler.queued_requests or self._scheduler.running_requests):
             self._idle.set()
 
     # In the device's thread.
@@ -251,11 +275,11 @@ class PrefillWorker:
             )
         for i, chunk in enumerate(chunks):
             if outcomes[i] is None:
-                self._sealer.seal_blocks(chunk)
+                seal_blocks(self._seals, chunk)
         for i in last:
             drawn = [token for token, owner in zip(tokens, owners, strict=True) if owner == i]
             try:
-                outcomes[i] = outcomes[i] or _Computed(drawn, self._sealer.seal_tail(chunks[i].job))
+                outcomes[i] = outcomes[i] or _Computed(drawn, seal_tail(self._seals, self._device.cache, chunks[i].job))
             except KvValueError as error:
                 outcomes[i] = error
         return outcomes

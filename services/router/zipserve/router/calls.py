@@ -44,13 +44,14 @@ def decode_request(
         priority=job.priority,
         prompt_tokens=len(job.prompt),
         min_tokens=job.min_tokens,
+        cache_salt=job.cache_salt,
     )
     if answer is None:
         request.prompt_token_ids.extend(first.sequence)
     else:
         request.handle.CopyFrom(answer.handle)
         request.token_id = first.token_ids[-1]
-        request.past_token_ids.extend(first.sequence[:-1] if job.sampling.penalizes else ())
+        request.past_token_ids.extend(first.sequence[:-1])
         request.siblings.extend(_sibling(choice) for choice in choices[1:])
         request.stream_id = stream_id
     return request

@@ -33,8 +33,9 @@ class Report:
         self.queue_s += to_seconds(answer.queue_time)
         self.prefill_s += to_seconds(answer.compute_time)
 
-    def count_computed(self, computed: Computed) -> None:
-        """Adds what computing the prompt on a decode worker took."""
+    def count_computed(self, computed: Computed, prompt_tokens: int) -> None:
+        """Adds what computing a sequence on a decode worker took, which began with so many tokens of the prompt."""
+        self.cached_tokens = min(computed.cached_tokens, prompt_tokens)
         self.queue_s += to_seconds(computed.queue_time)
         self.prefill_s += to_seconds(computed.compute_time)
 

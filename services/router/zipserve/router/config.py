@@ -35,7 +35,9 @@ class RouterSettings(ServiceSettings):
     always; then no prefill worker is needed."""
     prefix_names_max: int = Field(1 << 16, ge=0)
     """Most blocks of prompts of which it is remembered which prefill workers were sent them, so that prompts that begin
-    alike go there. 0: none; then only the load decides."""
+    alike go there. 0: none; then only the directory of blocks and the load decide."""
+    fetch_cost: float = Field(0.02, ge=0.0, le=1.0)
+    """Time in which a prefill worker fetches a block from somebody else, as a share of the time to compute it."""
     worker_wait_s: float = Field(30.0, ge=0.0)
     """How long a request waits for a pair of workers that can serve it, in seconds."""
     attempts_max: int = Field(8, ge=1)

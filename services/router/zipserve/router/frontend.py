@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, InvalidRequestError, ModelNotFoundError, ZipserveError
+from zipserve.common.kv.holders import Holders
 from zipserve.common.metrics import Metrics
 from zipserve.common.models import ModelFiles
 from zipserve.common.rpc.channel import Deadline
@@ -86,6 +87,7 @@ class Frontend:
         facts: ModelFacts,
         tokenizer: PromptTokenizer,
         workers: Workers,
+        holders: Holders,
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -99,7 +101,7 @@ class Frontend:
         self._now = now
         self._admission = Admission(settings.requests_max, settings.queue_tokens_max)
         self._in_flight = InFlight()
-        self._prefixes = Prefixes(settings.prefix_names_max)
+        self._prefixes = Prefixes(settings.prefix_names_max, holders, settings.fetch_cost)
         self._rules = Rules(settings.worker_wait_s, settings.attempts_max, settings.local_prefill_tokens_max)
         self._idle = asyncio.Event()
         self._idle.set()

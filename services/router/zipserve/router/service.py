@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack
 import grpc
 
 from zipserve.common import log
+from zipserve.common.directory import DirectoryView
+from zipserve.common.kv.holders import Holders
 from zipserve.common.metrics import Metrics
 from zipserve.common.models import resolve
 from zipserve.common.registry import RegistryView
@@ -40,8 +42,10 @@ class RouterService:
         facts = await asyncio.to_thread(ModelFacts.read, model.folder)
         channels = await self._resources.enter_async_context(ChannelPool(self._settings.message_bytes_max))
         view = await self._resources.enter_async_context(RegistryView(self._settings))
+        holders = Holders()
+        await self._resources.enter_async_context(DirectoryView(self._settings, view, holders))
         self._workers = GrpcWorkers(view, channels)
-        self._frontend = Frontend(self._settings, model, facts, tokenizer, self._workers, self.metrics)
+        self._frontend = Frontend(self._settings, model, facts, tokenizer, self._workers, holders, self.metrics)
         _log.info("model.ready", model=model.name, revision=model.revision, context_tokens=facts.context_tokens)
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:

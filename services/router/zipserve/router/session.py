@@ -314,7 +314,7 @@ class Session:
                 for choice in choices:
                     choice.report.count_pull(event.pulled, choice.transcript.position - 1)
             case "computed":
-                choices[0].report.count_computed(event.computed)
+                choices[0].report.count_computed(event.computed, len(self._job.prompt))
                 yield from self._tell_prompt(event.computed.prompt_logprobs)
             case "tokens" | "finished" as kind:
                 yield from self._take_of_one(kind, event, choices, worker)

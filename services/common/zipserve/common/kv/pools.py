@@ -32,6 +32,10 @@ def _ignore(kind: SlabKind, slab: int) -> None:
     """Slabs that nobody reads from outside need no treatment when they become free."""
 
 
+def _nothing_is_kept(missing: Mapping[SlabKind, int]) -> None:
+    """Where no slab is kept for others to find, none can be given up."""
+
+
 class SlabPools:
     """One allocator for each kind of slab. Not thread-safe: one thread owns it."""
 
@@ -43,6 +47,8 @@ class SlabPools:
         self._pools = {SlabKind.SINKS: self.sinks, SlabKind.BLOCK: self.blocks, SlabKind.TAIL: self.tails}
         self.on_free: Callable[[SlabKind, int], None] = _ignore
         """Called with every slab that becomes free, before anybody can take it again."""
+        self.on_short: Callable[[Mapping[SlabKind, int]], None] = _nothing_is_kept
+        """Called when fewer slabs are free than are needed, though as many are available: gives up kept ones."""
 
     @property
     def block_tokens(self) -> int:
@@ -65,8 +71,10 @@ class SlabPools:
     def try_extend(self, slabs: Slabs, tokens: int, tail_of: int = 0) -> bool:
         """Adds to what a sequence holds all that it needs for `tokens` tokens, or nothing; whether it has that now."""
         missing = self.missing(slabs, tokens, tail_of)
-        if any(count > self._pools[kind].free for kind, count in missing.items()):
+        if not self.can_have(missing):
             return False
+        if any(count > self._pools[kind].free for kind, count in missing.items()):
+            self.on_short(missing)
         for kind, count in missing.items():
             slabs.of(kind).extend(self._pools[kind].take(count))
         return True

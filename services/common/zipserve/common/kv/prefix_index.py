@@ -33,7 +33,7 @@ class CachedBlock:
         self.slabs = tuple((SlabKind(ref.kind), ref.slab) for ref in self.refs)
 
 
-def _ignore(name: bytes) -> None:
+def _ignore(block: CachedBlock) -> None:
     """Nobody has to be told."""
 
 
@@ -50,11 +50,21 @@ class PrefixIndex:
         self._blocks: OrderedDict[bytes, CachedBlock] = OrderedDict()
         """The one that was not used for longest comes first."""
         self._duel = Duel(self._blocks_max)
-        self.on_evicted: Callable[[bytes], None] = _ignore
-        """Called with the name of every block that makes room for something else."""
+        self.on_added: Callable[[CachedBlock], None] = _ignore
+        """Called with every block that can be found from now on."""
+        self.on_removed: Callable[[CachedBlock], None] = _ignore
+        """Called with every block that cannot be found any more."""
+        pools.on_short = self.make_room
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def entries(self) -> Iterator[tuple[bytes, bytes]]:
+        """Name of every block, and of the one before it (empty: none), which comes first."""
+        line = [block for block in self._blocks.values() if block.parent is None]
+        for block in line:
+            line.extend(block.children.values())
+            yield block.name, block.parent.name if block.parent else b""
 
     @property
     def is_off(self) -> bool:
@@ -102,13 +112,14 @@ class PrefixIndex:
         for slab in block.slabs:
             self.pools.keep(*slab)
         run.append(block)
+        self.on_added(block)
         return True
 
     def make_room(self, missing: Mapping[SlabKind, int]) -> None:
         """Evicts until so many slabs of each kind are free; no more are missing than are available."""
         victims = self._victims()
         while any(count > self.pools.free(kind) for kind, count in missing.items()):
-            self._evict(next(victims))
+            self._remove(next(victims))
 
     def discard(self, block: CachedBlock) -> None:
         """Takes out a block that is not what it should be, and all behind it. Who holds slabs of theirs goes on so."""
@@ -121,7 +132,7 @@ class PrefixIndex:
             return True
         victim = next(self._victims(), None) if self._blocks_max else None
         if victim is not None:
-            self._evict(victim)
+            self._remove(victim)
         return victim is not None
 
     def _victims(self) -> Iterator[CachedBlock]:
@@ -138,16 +149,13 @@ class PrefixIndex:
     def _is_idle(self, block: CachedBlock) -> bool:
         return all(self.pools.is_idle(*slab) for slab in block.slabs)
 
-    def _evict(self, block: CachedBlock) -> None:
-        self._remove(block)
-        self.on_evicted(block.name)
-
     def _remove(self, block: CachedBlock) -> None:
         del self._blocks[block.name]
         if block.parent is not None:
             del block.parent.children[block.name]
         for slab in block.slabs:
             self.pools.give_up(*slab)
+        self.on_removed(block)
 
     def check_integrity(self) -> None:
         """Asserts that the books balance."""

@@ -3,10 +3,12 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Sequence as SequenceOf
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
+import grpc
 from redis.exceptions import RedisError
 
 from zipserve.common import log, tracing
@@ -32,7 +34,12 @@ from zipserve.common.rpc.channel import ChannelPool, Deadline
 from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.rpc.status import client_errors
 from zipserve.common.transport import ArenaInfo, Range, Transport
-from zipserve.v1 import kv_pb2, kv_transfer_service_pb2, kv_transfer_service_pb2_grpc
+from zipserve.v1 import (
+    kv_pb2,
+    kv_store_service_pb2_grpc,
+    kv_transfer_service_pb2,
+    kv_transfer_service_pb2_grpc,
+)
 
 T = TypeVar("T")
 _log = log.get()
@@ -154,12 +161,15 @@ class KvPuller:
         for record in records:
             peer = self._peers.get(record.worker_id)
             known = peer is not None and peer.incarnation == record.incarnation
-            if not known and record.capabilities.writable_layout == self._layout.fingerprint:
+            if not known and self._layout.fingerprint in record.capabilities.readable_layouts:
                 with suppress(ZipserveError):
                     await self._connect(record.worker_id, record.incarnation, _RPC_TIMEOUT_S)
 
-    async def pull(self, claims: kv_pb2.KvClaims, local_slabs: list[int], deadline: Deadline) -> PullStats:
+    async def pull(self, claims: kv_pb2.KvClaims, local_slabs: SequenceOf[int | None], deadline: Deadline) -> PullStats:
         """Reads the slabs of `claims.refs` into local slabs of the same kinds, in order, and verifies each.
+
+        Args:
+            local_slabs: one for each reference; None: it is not to be read.
 
         Raises:
             HandoffError: of the class that tells what was wrong. DeadlineError. WorkerLostError.
@@ -169,7 +179,10 @@ class KvPuller:
         except WorkerLostError:
             deadline.remaining_s()  # when it has passed meanwhile, then that is the reason
             raise
-        ranges = [self._range(peer, ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True)]
+        wanted = [(ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True) if slab is not None]
+        if not wanted:
+            return PullStats(0, 0, 0.0, 0.0)
+        ranges = [self._range(peer, ref, slab) for ref, slab in wanted]
         started_s = time.monotonic()
         types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
         try:
@@ -181,8 +194,8 @@ class KvPuller:
         read_s = time.monotonic()
         self._metrics.transfer_bytes.inc(size_bytes)
         self._metrics.transfer_seconds.observe(read_s - started_s)
-        await asyncio.to_thread(self._verify, claims, local_slabs)
-        blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref in claims.refs)
+        await asyncio.to_thread(self._verify, claims, wanted)
+        blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref, _ in wanted)
         return PullStats(size_bytes, blocks, read_s - started_s, time.monotonic() - read_s)
 
     async def stub(self, worker_id: str, incarnation: int) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
@@ -192,9 +205,15 @@ class KvPuller:
             WorkerLostError: the registry does not know the worker.
             IncarnationError: it knows another life of it.
         """
+        return kv_transfer_service_pb2_grpc.KvTransferServiceStub(await self._channel(worker_id, incarnation))
+
+    async def store_stub(self, worker_id: str, incarnation: int) -> "kv_store_service_pb2_grpc.KvStoreServiceAsyncStub":
+        """The KvStoreService of one life of a worker; raises as `stub` does."""
+        return kv_store_service_pb2_grpc.KvStoreServiceStub(await self._channel(worker_id, incarnation))
+
+    async def _channel(self, worker_id: str, incarnation: int) -> grpc.aio.Channel:
         record = await self._find(worker_id, incarnation)
-        channel = self._channels.get(record.capabilities.address)
-        return kv_transfer_service_pb2_grpc.KvTransferServiceStub(channel)
+        return self._channels.get(record.capabilities.address)
 
     def _check(self, claims: kv_pb2.KvClaims) -> None:
         if claims.layout_fingerprint != self._layout.fingerprint:
@@ -221,8 +240,8 @@ class KvPuller:
             raise LayoutMismatchError(f"slab {ref.slab} of {ref.bytes} bytes lies outside the peer's arena")
         return Range(remote.address(ref.slab), remote.device_id, local.address(local_slab), local.device_id, ref.bytes)
 
-    def _verify(self, claims: kv_pb2.KvClaims, local_slabs: list[int]) -> None:
-        for ref, slab in zip(claims.refs, local_slabs, strict=True):
+    def _verify(self, claims: kv_pb2.KvClaims, read: list[tuple[kv_pb2.BlockRef, int]]) -> None:
+        for ref, slab in read:
             kind = SlabKind(ref.kind)
             expected = identity_of(ref, claims.layout_fingerprint, claims.incarnation)
             view = self._slab_view(kind, slab)[: ref.bytes]
@@ -292,8 +311,8 @@ class HeldLease:
         self._lost = asyncio.create_task(self._keep(), name="lease-heartbeat")
         """Ends with the error that ended the lease."""
 
-    async def pull(self, local_slabs: list[int], deadline: Deadline) -> PullStats:
-        """Reads and verifies all slabs, then releases the lease.
+    async def pull(self, local_slabs: SequenceOf[int | None], deadline: Deadline) -> PullStats:
+        """Reads and verifies all slabs that are wanted, then releases the lease; see `KvPuller.pull`.
 
         Raises:
             LeaseExpiredError: it was not alive before, or not any more after the read; what was read is void.

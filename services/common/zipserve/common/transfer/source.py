@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from zipserve.common import log
-from zipserve.common.errors import IncarnationError, InvalidRequestError, LayoutMismatchError
+from zipserve.common.errors import IncarnationError, InvalidRequestError, LayoutMismatchError, UnavailableError
 from zipserve.common.kv import handle as handles
 from zipserve.common.kv.layout import Layout
 from zipserve.common.kv.leases import Lease, LeaseTable
@@ -35,14 +35,13 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
         worker_id: str,
         incarnation: int,
         secret: bytes,
-        layout: Layout,
         lease_ttl_s: float,
         metrics: Metrics,
     ) -> None:
         self._worker_id = worker_id
         self._incarnation = incarnation
         self._secret = secret
-        self._layout = layout
+        self._layout: Layout | None = None
         self._metrics = metrics
         self._leases: LeaseTable[Slabs] = LeaseTable(lease_ttl_s)
         self._none_left = asyncio.Event()
@@ -50,9 +49,9 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
         self._transport: Transport | None = None
         self._arenas: list[ArenaInfo] = []
 
-    def attach(self, transport: Transport, arenas: list[ArenaInfo]) -> None:
-        """Says where the slabs are; before this, nobody can connect."""
-        self._transport, self._arenas = transport, arenas
+    def attach(self, transport: Transport, arenas: list[ArenaInfo], layout: Layout) -> None:
+        """Says where the slabs are, and what is in them; before this, nobody can connect."""
+        self._transport, self._arenas, self._layout = transport, arenas, layout
 
     @property
     def leases(self) -> int:
@@ -61,6 +60,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
 
     def issue(self, refs: list[kv_pb2.BlockRef], tokens: int, held: Slabs) -> kv_pb2.KvHandle:
         """Starts a lease over sealed slabs and returns the signed handle."""
+        assert self._layout is not None
         lease = self._leases.issue(secrets.token_bytes(handles.LEASE_ID_BYTES), held, time.monotonic())
         self._changed()
         claims = kv_pb2.KvClaims(
@@ -80,7 +80,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
         Raises:
             HandleForgedError: it was not issued under the cluster's secret.
         """
-        self._end(handles.open_handle(handle, self._secret).lease_id)
+        self.release(handles.open_handle(handle, self._secret).lease_id)
 
     async def run_reaper(self) -> None:
         """Frees the slabs of expired leases, for ever."""
@@ -108,12 +108,13 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
             raise IncarnationError(
                 f"{self._worker_id} is incarnation {self._incarnation:016x}, not {request.expected_incarnation:016x}"
             )
+        if self._layout is None or self._transport is None:
+            raise UnavailableError(f"{self._worker_id} holds no slabs yet")
         if request.layout_fingerprint != self._layout.fingerprint:
             raise LayoutMismatchError(
                 f"{self._worker_id} holds layout {self._layout.fingerprint.hex()[:16]} ({self._layout.description}), "
                 f"{request.worker_id} reads {request.layout_fingerprint.hex()[:16]}"
             )
-        assert self._transport is not None
         return kv_transfer_service_pb2.ConnectResponse(
             incarnation=self._incarnation,
             agent_metadata=self._transport.metadata(),
@@ -136,9 +137,10 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
     async def ReleaseLease(
         self, request: kv_transfer_service_pb2.ReleaseLeaseRequest, context: Context
     ) -> kv_transfer_service_pb2.ReleaseLeaseResponse:
-        return kv_transfer_service_pb2.ReleaseLeaseResponse(was_alive=self._end(request.lease_id))
+        return kv_transfer_service_pb2.ReleaseLeaseResponse(was_alive=self.release(request.lease_id))
 
-    def _end(self, lease_id: bytes) -> bool:
+    def release(self, lease_id: bytes) -> bool:
+        """Ends a lease, if there is one; whether it was alive."""
         lease, was_alive = self._leases.release(lease_id, time.monotonic())
         if lease is not None:
             self._free_lease(lease)

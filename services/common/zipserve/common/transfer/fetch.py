@@ -1,0 +1,183 @@
+"""Brings blocks that other workers hold into the own index: once for all who need them at the same time."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+
+from zipserve.common import log, tracing
+from zipserve.common.errors import BlockSwappedError, ZipserveError
+from zipserve.common.kv.header import SHORT_HASH_BYTES
+from zipserve.common.kv.holders import HolderKey, Holders
+from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.pools import Slabs
+from zipserve.common.kv.prefix_index import PrefixIndex
+from zipserve.common.kv.seals import Seals
+from zipserve.common.metrics import Metrics
+from zipserve.common.rpc.channel import Deadline
+from zipserve.common.rpc.status import client_errors
+from zipserve.common.threads import in_thread
+from zipserve.common.transfer.puller import HeldLease, KvPuller
+from zipserve.v1 import kv_pb2, kv_store_service_pb2
+
+_log = log.get()
+_AVOIDED_S = 5.0
+"""How long a holder is left alone from which nothing could be had."""
+
+
+class PrefixFetcher:
+    """Of one holder of blocks. Lives in the event loop.
+
+    Args:
+        myself: under which name the own blocks are in `holders`.
+        time_s: longest time that somebody waits for a fetch: blocks that come later had better be computed.
+        fetches_max: at the same time.
+    """
+
+    def __init__(
+        self,
+        *,
+        myself: HolderKey,
+        index: PrefixIndex,
+        seals: Seals,
+        puller: KvPuller,
+        holders: Holders,
+        metrics: Metrics,
+        time_s: float,
+        fetches_max: int = 4,
+    ) -> None:
+        self._myself = myself
+        self._index = index
+        self._seals = seals
+        self._puller = puller
+        self._holders = holders
+        self._metrics = metrics
+        self._time_s = time_s
+        self._turns = asyncio.Semaphore(fetches_max)
+        self._coming: dict[bytes, asyncio.Task[None]] = {}
+        """Blocks that are being fetched."""
+        self._avoided: dict[HolderKey, float] = {}
+        """Until when."""
+
+    async def fetch(self, names: Sequence[bytes], deadline: Deadline, request_id: str) -> None:
+        """Brings as many of the leading blocks of a sequence here as somebody has. What cannot be had in time is no
+        error: it is to be computed.
+        """
+        give_up_s = min(deadline.at_s, time.monotonic() + self._time_s)
+        while (left_s := give_up_s - time.monotonic()) > 0:
+            found = len(self._index.find(names))
+            if found == len(names):
+                return
+            fetching = self._coming.get(names[found]) or self._start(names, found, request_id)
+            if fetching is None:
+                return
+            await asyncio.wait({fetching}, timeout=left_s)  # it goes on without us: others may wait for it too
+
+    async def close(self) -> None:
+        """Ends all fetches."""
+        fetches = set(self._coming.values())
+        for fetching in fetches:
+            fetching.cancel()
+        await asyncio.gather(*fetches, return_exceptions=True)
+
+    def _start(self, names: Sequence[bytes], found: int, request_id: str) -> "asyncio.Task[None] | None":
+        """Fetches what is missing from whoever has most of it; None: nobody has more."""
+        holder, blocks = self._best(names, found)
+        if holder is None:
+            return None
+        coming = [name for name in names[found:blocks] if name not in self._coming]
+        fetching = asyncio.create_task(self._fetch_from(holder, names[:blocks], request_id), name="prefix-fetch")
+        self._coming.update(dict.fromkeys(coming, fetching))
+
+        def forget(_: object) -> None:
+            for name in coming:
+                del self._coming[name]
+
+        fetching.add_done_callback(forget)
+        return fetching
+
+    async def _fetch_from(self, holder: HolderKey, names: Sequence[bytes], request_id: str) -> None:
+        started_s = time.monotonic()
+        fetched, outcome = 0, "failed"
+        try:
+            async with self._turns:
+                fetched = await self._read(holder, names, Deadline(self._time_s), request_id)
+            outcome = "fetched" if fetched else "missed"
+        except ZipserveError as error:
+            _log.warning("prefix.not_fetched", peer=holder[0], reason=error.reason, error=error.message)
+        except Exception:  # noqa: BLE001  # a prompt can do without it
+            _log.exception("prefix.not_fetched", peer=holder[0])
+        if not fetched:
+            self._avoided[holder] = time.monotonic() + _AVOIDED_S
+        self._metrics.prefix_fetches.labels(outcome).inc()
+        self._metrics.prefix_blocks_fetched.inc(fetched)
+        _log.debug("prefix.fetched", peer=holder[0], blocks=fetched, seconds=round(time.monotonic() - started_s, 4))
+
+    def _best(self, names: Sequence[bytes], found: int) -> tuple[HolderKey | None, int]:
+        """Who has the longest run, and how many blocks that is; the first by name of those with the same."""
+        now_s = time.monotonic()
+        self._avoided = {holder: until_s for holder, until_s in self._avoided.items() if until_s > now_s}
+        runs = {
+            holder: run
+            for holder, run in self._holders.runs(names).items()
+            if run > found and holder != self._myself and holder not in self._avoided
+        }
+        best = min(runs, key=lambda holder: (-runs[holder], holder), default=None)
+        return best, runs[best] if best else 0
+
+    async def _read(self, holder: HolderKey, names: Sequence[bytes], deadline: Deadline, request_id: str) -> int:
+        """Reads the blocks that are missing here; returns how many there are more now."""
+        stub = await self._puller.store_stub(*holder)
+        request = kv_store_service_pb2.PinRequest(
+            layout_fingerprint=self._seals.layout.fingerprint, prefix_hashes=names
+        )
+        with client_errors():
+            timeout_s = deadline.remaining_s(self._time_s)
+            pinned = await stub.Pin(request, timeout=timeout_s, metadata=tracing.outgoing(request_id))
+        if not pinned.blocks:
+            return 0
+        claims = self._puller.open(pinned.handle)
+        async with self._puller.lease(claims, request_id) as lease:
+            self._check(claims, names)
+            return await self._pull(lease, claims, names[: pinned.blocks], deadline)
+
+    def _check(self, claims: kv_pb2.KvClaims, names: Sequence[bytes]) -> None:
+        """Asserts that what is offered is what was asked for."""
+        for ref in claims.refs:
+            block = ref.start_position // self._seals.layout.block_tokens
+            if block >= len(names) or ref.prefix_hash != names[block][:SHORT_HASH_BYTES]:
+                raise BlockSwappedError(f"{claims.worker_id} offers another block {block} than was asked for")
+
+    async def _pull(self, lease: HeldLease, claims: kv_pb2.KvClaims, names: Sequence[bytes], deadline: Deadline) -> int:
+        pools = self._index.pools
+        run = self._index.find(names)
+        held, first = self._index.hold(run), len(run)
+        try:
+            if not pools.try_extend(held, len(names) * pools.block_tokens):
+                return 0
+            wanted = [_local(ref, held, first, pools.block_tokens) for ref in claims.refs]
+            await lease.pull(wanted, deadline)
+            refs = await in_thread(self._sealed, held, names, first)
+            added = 0
+            for name, block_refs in zip(names[first:], refs, strict=True):
+                added += self._index.extend(run, name, block_refs)
+            return added
+        finally:
+            pools.give_back(held)
+
+    def _sealed(self, held: Slabs, names: Sequence[bytes], first: int) -> list[tuple[kv_pb2.BlockRef, ...]]:
+        """Seals what was read as our own: its bytes are those of its issuer, its header is not."""
+        sealed = []
+        for block in range(first, len(names)):
+            slabs = [(SlabKind.SINKS, slab) for slab in held.sinks if not block]
+            slabs.append((SlabKind.BLOCK, held.blocks[block]))
+            generations = [self._index.pools.generation(*slab) for slab in slabs]
+            sealed.append(self._seals.seal_block(slabs, generations, block, names[block]))
+        return sealed
+
+
+def _local(ref: kv_pb2.BlockRef, held: Slabs, first: int, block_tokens: int) -> int | None:
+    """The slab for a reference; None for blocks before the first that is missing."""
+    block = ref.start_position // block_tokens
+    if block < first:
+        return None
+    return held.sinks[0] if ref.kind == kv_pb2.SLAB_KIND_SINKS else held.blocks[block]

@@ -1,0 +1,294 @@
+"""Workers find each other's blocks: prompts that a worker never saw, answers of former turns, and what goes wrong."""
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memory_transport import Fabric
+from oracle import Oracle
+from polling import until
+from workers import BLOCK, Decode, Prefill, Workers, claims_of, failures, prompt, value
+from zipserve.common.errors import BlockCorruptError, InvalidRequestError
+from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.prefix import chain_salt, prefix_hashes
+from zipserve.v1.kv_pb2 import SLAB_KIND_BLOCK
+from zipserve.v1.kv_store_service_pb2 import LookupRequest
+from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceStub
+from zipserve.v1.prefill_service_pb2 import PrefillResponse
+
+TOKENS = 5 * BLOCK + 7
+
+
+def names_of(worker: Prefill | Decode, token_ids: list[int], salt: str = "") -> list[bytes]:
+    layout = worker.service.device.layout
+    full = len(token_ids) // layout.block_tokens * layout.block_tokens
+    return prefix_hashes(token_ids[:full], layout.block_tokens, chain_salt(layout.fingerprint, salt))
+
+
+async def knows(worker: Prefill, other: Prefill | Decode, token_ids: list[int], blocks: int, salt: str = "") -> None:
+    """Returns when a worker knows that another one holds so many blocks of a sequence."""
+    names = names_of(other, token_ids, salt)
+    key = other.settings.worker_id, other.service.device.incarnation
+    await until(
+        lambda: worker.service.peers.holders.runs(names).get(key, 0) == blocks, f"{key[0]} holds {blocks} blocks"
+    )
+
+
+def give_up(worker: Prefill, *answers: PrefillResponse) -> None:
+    for answer in answers:
+        worker.service.source.release_handle(answer.handle)
+
+
+def fetches(worker: Prefill) -> dict[str, float]:
+    kinds = ("fetched", "missed", "failed")
+    found = {k: value(worker.service.metrics, "zipserve_kv_prefix_fetches_total", outcome=k) for k in kinds}
+    return {kind: count for kind, count in found.items() if count}
+
+
+async def two(workers: Workers, **settings: Any) -> tuple[Prefill, Prefill]:
+    fabric = Fabric()
+    first = await workers.prefill(fabric.open, worker_id="prefill-a", **settings)
+    return first, await workers.prefill(fabric.open, worker_id="prefill-b", **settings)
+
+
+@pytest.mark.parametrize("codec", ["raw", "zip-4/32"])
+async def test_a_worker_takes_what_another_has_computed(codec: str, cluster_workers: Workers) -> None:
+    size = 64 if codec != "raw" else BLOCK
+    first, second = await two(cluster_workers, codec=codec, block_tokens=size, step_tokens=size)
+    token_ids = prompt(4 * size + 9)
+    known = await first.compute(token_ids)
+    await knows(second, first, token_ids, 4)
+    answer = await second.compute(token_ids)
+    assert answer.cached_tokens == 4 * size
+    assert answer.token_id == known.token_id
+    assert fetches(second) == {"fetched": 1}
+    before, after = (worker.service.device for worker in (first, second))
+    for theirs, ours in zip(claims_of(known.handle).refs, claims_of(answer.handle).refs, strict=True):
+        if theirs.kind != SLAB_KIND_BLOCK:
+            continue
+        kind = SlabKind(theirs.kind)
+        one, other = before.slab_view(kind, theirs.slab), after.slab_view(kind, ours.slab)
+        assert one[128 : theirs.bytes] == other[128 : ours.bytes], "the same bytes, under another header"
+        assert one[:128] != other[:128]
+    give_up(first, known)
+    give_up(second, answer)
+
+
+async def test_the_answer_is_the_one_without_reuse(cluster_workers: Workers, tiny_model: Path) -> None:
+    first, second = await two(cluster_workers)
+    base, oracle = prompt(TOKENS), Oracle(tiny_model)
+    give_up(first, await first.compute(base))
+    await knows(second, first, base, 5)
+    for tokens, cached in ((TOKENS + 3 * BLOCK, 5), (5 * BLOCK, 4), (5 * BLOCK + 1, 5)):
+        token_ids = (base + prompt(4 * TOKENS, salt=9))[:tokens]
+        answer = await second.compute(token_ids)
+        assert oracle.first_wrong(token_ids, [answer.token_id]) is None
+        assert answer.cached_tokens == cached * BLOCK
+        give_up(second, answer)
+    assert fetches(second) == {"fetched": 1}, "what is here is not fetched again"
+
+
+async def test_only_what_is_missing_is_read(cluster_workers: Workers) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(second, await second.compute(token_ids[: 2 * BLOCK + 1]))
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    answer = await second.compute(token_ids)
+    assert answer.cached_tokens == 5 * BLOCK
+    slab_bytes = second.service.device.layout.wire_bytes(SlabKind.BLOCK, BLOCK)
+    assert value(second.service.metrics, "zipserve_kv_transfer_bytes_total") == 3 * slab_bytes
+    give_up(second, answer)
+
+
+async def test_what_many_need_is_fetched_once(cluster_workers: Workers) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    answers = await asyncio.gather(*(second.compute([*token_ids, i]) for i in range(3)))
+    assert [answer.cached_tokens for answer in answers] == [5 * BLOCK] * 3
+    assert fetches(second) == {"fetched": 1}
+    give_up(second, *answers)
+
+
+async def test_one_that_goes_away_leaves_the_fetch_to_the_others(cluster_workers: Workers) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    impatient = asyncio.create_task(second.compute(token_ids))
+    await until(lambda: bool(second.service.peers.fetcher._coming), "blocks are coming")
+    impatient.cancel()
+    answer = await second.compute(token_ids)
+    assert answer.cached_tokens == 5 * BLOCK
+    assert fetches(second) == {"fetched": 1}
+    give_up(second, answer)
+
+
+async def test_tenants_share_nothing(cluster_workers: Workers) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(first, await first.compute(token_ids, cache_salt="a"))
+    await knows(second, first, token_ids, 5, salt="a")
+    for salt, cached in (("b", 0), ("", 0), ("a", 5 * BLOCK)):
+        answer = await second.compute(token_ids, cache_salt=salt)
+        assert answer.cached_tokens == cached
+        give_up(second, answer)
+    stub: Any = KvStoreServiceStub(second.channels.get(first.address))
+    fingerprint = first.service.device.layout.fingerprint
+    for salt, blocks in (("b", 0), ("", 0), ("a", 5)):
+        request = LookupRequest(layout_fingerprint=fingerprint, prefix_hashes=names_of(first, token_ids, salt))
+        assert (await stub.Lookup(request, timeout=5)).blocks == blocks
+
+
+@pytest.mark.parametrize("where", ["header", "payload"])
+async def test_a_flipped_bit_is_never_lent(where: str, cluster_workers: Workers, tiny_model: Path) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    known = await first.compute(token_ids)
+    give_up(first, known)
+    await knows(second, first, token_ids, 5)
+    spoilt = claims_of(known.handle).refs[3]
+    first.service.device.slab_view(SlabKind.BLOCK, spoilt.slab)[20 if where == "header" else 700] ^= 4
+    answer = await second.compute(token_ids)
+    assert answer.cached_tokens == 3 * BLOCK, "the blocks before it"
+    assert Oracle(tiny_model).first_wrong(token_ids, [answer.token_id]) is None
+    assert failures(first.service.metrics) == {"BLOCK_CORRUPT": 1}
+    give_up(second, answer)
+
+
+async def test_a_bit_that_flips_on_the_way_is_seen(
+    cluster_workers: Workers, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    transport = second.service.peers.transport
+    read = transport.read
+
+    async def flip(peer: str, ranges: Any, *args: Any) -> int:
+        moved = await read(peer, ranges, *args)
+        slab = second.service.device.cache.arenas.of(SlabKind.BLOCK)
+        row = (ranges[1].local_address - slab.data_ptr()) // slab.shape[1]
+        slab[row, 999] ^= 1
+        return moved
+
+    monkeypatch.setattr(transport, "read", flip)
+    answer = await second.compute(token_ids)
+    assert answer.cached_tokens == 0
+    assert Oracle(tiny_model).first_wrong(token_ids, [answer.token_id]) is None
+    assert fetches(second) == {"failed": 1}
+    assert failures(second.service.metrics) == {"BLOCK_CORRUPT": 1}
+    give_up(second, answer)
+    again = await second.compute(token_ids)
+    assert again.cached_tokens == 5 * BLOCK, "what it has computed itself"
+    give_up(second, again)
+
+
+async def test_a_holder_that_is_gone_costs_nothing_but_the_blocks(cluster_workers: Workers, tiny_model: Path) -> None:
+    fabric, token_ids = Fabric(), prompt(TOKENS)
+    second = await cluster_workers.prefill(fabric.open, worker_id="prefill-b")
+    async with cluster_workers.a_prefill(fabric.open, worker_id="prefill-a") as first:
+        give_up(first, await first.compute(token_ids))
+        await knows(second, first, token_ids, 5)
+        holders = dict(second.service.peers.holders.runs(names_of(first, token_ids)))
+        assert len(holders) == 1
+    key = next(iter(holders))
+    second.service.peers.holders.add(key, b"", names_of(second, token_ids))  # as if nobody had noticed
+    answer = await second.compute(token_ids)
+    assert (answer.cached_tokens, fetches(second)) == (0, {"failed": 1})
+    assert Oracle(tiny_model).first_wrong(token_ids, [answer.token_id]) is None
+    give_up(second, answer)
+
+
+async def test_a_full_pool_lends_no_room(cluster_workers: Workers) -> None:
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    held = [await second.compute(prompt(6 * BLOCK, salt=i)) for i in range(1, 4)]  # 18 of its 24 blocks
+    answers = [await second.compute(prompt(3 * BLOCK + 1, salt=8)), await second.compute(token_ids[: 2 * BLOCK])]
+    assert second.service.load().free_blocks == 1
+    late = asyncio.create_task(second.compute(token_ids))
+    await until(lambda: second.service.load().queued_requests == 1, "it waits for room")
+    give_up(second, *held, *answers)
+    answer = await late
+    assert answer.cached_tokens >= 1 * BLOCK
+    give_up(second, answer)
+
+
+async def test_what_was_generated_is_found_by_the_next_turn(cluster_workers: Workers, tiny_model: Path) -> None:
+    """Prompt and answer are pulled from the decode worker, which holds both."""
+    pair = await cluster_workers.pair(Fabric().open)
+    other, token_ids = pair.prefill, prompt(TOKENS)
+    prefilled = await other.compute(token_ids)
+    answer = await pair.decode.tokens(prefilled, 3 * BLOCK, past_token_ids=token_ids)
+    history = [*token_ids, prefilled.token_id, *answer]
+    blocks = (len(history) - 1) // BLOCK  # the last token was never computed
+    await knows(other, pair.decode, history[: blocks * BLOCK], blocks)
+    turn = history + prompt(20, salt=5)
+    again = await other.compute(turn)
+    assert again.cached_tokens == blocks * BLOCK
+    assert fetches(other) == {"fetched": 1}
+    assert Oracle(tiny_model).first_wrong(turn, [again.token_id]) is None
+    give_up(other, again)
+
+
+async def test_a_decode_worker_reads_only_what_it_lacks(cluster_workers: Workers, tiny_model: Path) -> None:
+    pair = await cluster_workers.pair(Fabric().open)
+    token_ids, oracle = prompt(TOKENS), Oracle(tiny_model)
+    for turn, pulled in enumerate((5, 0)):
+        prefilled = await pair.prefill.compute(token_ids)
+        events = await pair.decode.events(prefilled, 8, past_token_ids=token_ids)
+        assert events[0].pulled.blocks == pulled, f"turn {turn}"
+        tokens = [token for event in events[1:-1] for token in event.tokens.token_ids]
+        assert oracle.first_wrong(token_ids, [prefilled.token_id, *tokens]) is None
+
+
+async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(cluster_workers: Workers) -> None:
+    pair = await cluster_workers.pair(Fabric().open)
+    token_ids = prompt(TOKENS)
+    prefilled = await pair.prefill.compute(token_ids)
+    await pair.decode.tokens(prefilled, 4, past_token_ids=token_ids)
+    index = pair.decode.service.scheduler.index
+    spoilt = index.find(names_of(pair.decode, token_ids))[2].refs[0]
+    pair.decode.service.device.slab_view(SlabKind.BLOCK, spoilt.slab)[500] ^= 1
+    prefilled = await pair.prefill.compute(token_ids)
+    await pair.decode.refused(prefilled, BlockCorruptError, past_token_ids=token_ids)
+    assert len(index.find(names_of(pair.decode, token_ids))) == 2
+    prefilled = await pair.prefill.compute(token_ids)
+    events = await pair.decode.events(prefilled, 4, past_token_ids=token_ids)
+    assert events[0].pulled.blocks == 3
+
+
+async def test_names_that_are_not_those_of_the_handle_are_refused(cluster_workers: Workers) -> None:
+    pair = await cluster_workers.pair(Fabric().open)
+    token_ids = prompt(TOKENS)
+    prefilled = await pair.prefill.compute(token_ids)
+    for wrong in (
+        {"past_token_ids": token_ids[:-1]},
+        {"past_token_ids": [*token_ids[:-1], 9]},
+        {"past_token_ids": token_ids, "cache_salt": "x"},
+    ):
+        await pair.decode.refused(prefilled, InvalidRequestError, **wrong)
+    assert len(pair.decode.service.scheduler.index) == 0
+    give_up(pair.prefill, prefilled)
+
+
+async def test_a_prompt_computed_on_a_decode_worker_reuses_what_is_there(
+    cluster_workers: Workers, tiny_model: Path
+) -> None:
+    decode = await cluster_workers.decode(Fabric().open)
+    token_ids, oracle = prompt(TOKENS), Oracle(tiny_model)
+    for cached in (0, 5 * BLOCK):
+        request = decode.request(PrefillResponse(), 4, prompt_token_ids=token_ids)
+        request.ClearField("handle")
+        events = [event async for event in decode.stub.Decode(request, timeout=20)]
+        computed = next(event.computed for event in events if event.WhichOneof("event") == "computed")
+        tokens = [token for event in events for token in event.tokens.token_ids]
+        assert oracle.first_wrong(token_ids, tokens) is None
+        assert computed.cached_tokens == cached
