@@ -1,4 +1,4 @@
-"""The KV store alone: every RPC and every refusal. It holds nothing yet."""
+"""The KV store alone: every RPC and every refusal. Before it has seen a worker, it holds nothing."""
 
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
 from zipserve.kvstore.config import KvStoreSettings
-from zipserve.kvstore.directory import Directory
 from zipserve.kvstore.service import KvStoreService
 from zipserve.v1.kv_store_service_pb2 import LookupRequest, PinRequest, ReleaseRequest
 from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceStub
@@ -25,7 +24,7 @@ if TYPE_CHECKING:  # the name exists in the stubs only
     from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceAsyncStub
 
 FINGERPRINT, HASH = b"f" * 32, b"h" * 32
-SERVICES = ("", "zipserve.v1.KvStoreService", "zipserve.v1.WorkerService")
+SERVICES = ("", "zipserve.v1.KvStoreService", "zipserve.v1.KvTransferService", "zipserve.v1.WorkerService")
 
 
 class Store:
@@ -121,11 +120,3 @@ async def test_draining(store: Store) -> None:
     answer = await WorkerServiceStub(store.channel).GetCapabilities(GetCapabilitiesRequest(), timeout=5)
     assert answer.load == Load(draining=True)
     await store.service.drained()
-
-
-def test_the_longest_run_ends_at_the_first_gap() -> None:
-    directory = Directory()
-    directory._slabs.update({(b"f", b"0"): 7, (b"f", b"1"): 8, (b"f", b"3"): 9, (b"g", b"2"): 1})
-    assert directory.longest_run(b"f", [b"0", b"1", b"2", b"3"]) == [7, 8]
-    assert directory.longest_run(b"f", [b"2", b"0"]) == []
-    assert directory.longest_run(b"g", [b"0"]) == []

@@ -22,6 +22,8 @@ from zipserve.common.transport.nixl import NixlTransport
 from zipserve.decode.config import DecodeSettings
 from zipserve.decode.service import DecodeService
 from zipserve.engine.device import Device
+from zipserve.kvstore.config import KvStoreSettings
+from zipserve.kvstore.service import KvStoreService
 from zipserve.prefill.config import PrefillSettings
 from zipserve.prefill.service import PrefillService
 from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse
@@ -226,6 +228,33 @@ class Decode:
 
 
 @dataclass
+class Store:
+    """A running KV store."""
+
+    service: KvStoreService
+    settings: KvStoreSettings
+    address: str
+    channels: ChannelPool
+
+    async def has(self, names: list[bytes]) -> None:
+        """Returns when all blocks of a sequence are in it, and on its disk if it has one."""
+
+        def is_there() -> bool:
+            store = self.service.store
+            if store is None or store.count(names) < len(names):
+                return False
+            return store._disk is None or len(store._disk.find(names)) == len(names)
+
+        await until(is_there, f"{len(names)} blocks are in the store")
+
+    async def settled(self) -> None:
+        """Waits until nothing is held any more, and checks the books."""
+        await until(lambda: _is_idle(self.service.load()), "the store is idle")
+        if self.service.store is not None:
+            self.service.store.check_integrity()
+
+
+@dataclass
 class Pair:
     """One worker of each role."""
 
@@ -305,6 +334,24 @@ class Workers:
             yield worker
             if check:
                 await worker.settled()
+
+    async def kvstore(self, open_transport: TransportFactory = NixlTransport, **settings: Any) -> Store:
+        """Starts a KV store; it ends with the context."""
+        return await self._stack.enter_async_context(self.a_kvstore(open_transport, **settings))
+
+    @asynccontextmanager
+    async def a_kvstore(
+        self, open_transport: TransportFactory = NixlTransport, **settings: Any
+    ) -> AsyncIterator[Store]:
+        """A KV store that ends when this context does."""
+        shared = ("redis_url", "cluster", "secret", "heartbeat_s", "registry_ttl_s", "drain_s")
+        common = {name: self._common[name] for name in shared}
+        own = KvStoreSettings(**{**common, "worker_id": "kvstore-0", "lease_ttl_s": 60.0, **settings})
+        service = KvStoreService(own, open_transport)
+        async with running(service, own) as address:
+            store = Store(service, own, address, self.channels)
+            yield store
+            await store.settled()
 
     async def pair(
         self,

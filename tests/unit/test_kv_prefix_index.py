@@ -5,6 +5,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from zipserve.common.kv.eviction import Duel
 from zipserve.common.kv.layout import Layout, SlabKind
 from zipserve.common.kv.pools import SlabPools, Slabs
 from zipserve.common.kv.prefix_index import CachedBlock, PrefixIndex
@@ -36,6 +37,26 @@ class Sequence:
 
 
 PATHS = st.lists(st.integers(0, 1), min_size=1, max_size=LENGTH).map(tuple)
+
+
+class CountingPools(SlabPools):
+    """Counts how often somebody looks at a slab."""
+
+    looks = 0
+
+    def is_idle(self, kind: SlabKind, slab: int) -> bool:
+        self.looks += 1
+        return super().is_idle(kind, slab)
+
+
+class CountingDuel(Duel):
+    """Counts how often somebody asks what a block is worth."""
+
+    asked = 0
+
+    def keeps(self, name: bytes) -> bool:
+        self.asked += 1
+        return super().keeps(name)
 
 
 class IndexMachine(RuleBasedStateMachine):
@@ -112,14 +133,18 @@ class IndexMachine(RuleBasedStateMachine):
     def discard(self, data: st.DataObject) -> None:
         if len(self.index):
             block = data.draw(st.sampled_from(sorted(self.index._blocks.values(), key=lambda block: block.name)))
-            self.index.discard(block)
-            assert not any(name.startswith(block.name) for name in self.index._blocks)
-            self.index.discard(block)
+            behind = {one.name for one in self.index if one.name.startswith(block.name)}
+            assert {one.name for one in self.index.discard(block)} == behind
+            assert behind.isdisjoint(self.index._blocks)
+            assert self.index.discard(block) == []
 
     @invariant()
     def books_balance(self) -> None:
         self.index.check_integrity()
         self.pools.check_integrity()
+        listed = [block.name for block in self.index]
+        assert sorted(listed) == sorted(self.index._blocks)
+        assert all(name[:-1] in listed[:i] for i, name in enumerate(listed) if len(name) > 1), "parents come first"
         for kind in (SlabKind.BLOCK, SlabKind.SINKS):
             held = {slab for sequence in self.sequences for slab in sequence.slabs.of(kind)}
             count = self.pools.blocks.count if kind is SlabKind.BLOCK else self.pools.sinks.count
@@ -179,7 +204,51 @@ def test_room_for_sinks_is_made_by_whole_sequences() -> None:
     assert [len(index.find(names_of(path))) for path in ((1, 2, 3), (4, 5))] == [0, 2]
 
 
-@pytest.mark.parametrize("defect", ["orphan", "name", "use", "bound"])
+def cost_of_evicting(blocks: int, leader: int, uses: int) -> tuple[int, int]:
+    """How many slabs are looked at, and how many blocks' worth is asked for, to evict one of `blocks` blocks.
+
+    Args:
+        leader: which of the two rules decides.
+        uses: how often each of them has been asked for before it came.
+    """
+    layout = Layout("m", "0", 1, 1, 16, 16, "float32", "raw", BLOCK)
+    pools = CountingPools(layout, blocks=blocks, tails=1, sinks=1)
+    index = PrefixIndex(pools)
+    duel = index._duel = CountingDuel(blocks, index._blocks)
+    for number in range(blocks + 3):
+        name = b"%d" % number
+        for _ in range(uses if number < blocks else 0):
+            index.note_request([name])
+        duel._leader = duel._players[leader]
+        pools.looks = duel.asked = 0
+        index.make_room({SlabKind.BLOCK: 1})
+        slabs = Slabs()
+        assert pools.try_extend(slabs, BLOCK)
+        assert index.extend([], name, refs_of(slabs, 0))
+        pools.give_back(slabs)
+    assert len(index) == blocks
+    return pools.looks, duel.asked
+
+
+@pytest.mark.parametrize("leader", [0, 1])
+@pytest.mark.parametrize("uses", [0, 1, 2])
+def test_what_it_costs_to_evict_a_block_does_not_grow_with_their_number(leader: int, uses: int) -> None:
+    few, many = cost_of_evicting(10, leader, uses), cost_of_evicting(2_000, leader, uses)
+    assert 0 < few[0] < 10
+    assert many == few
+
+
+def test_blocks_behind_many_others_leave_first_one_by_one() -> None:
+    index = filled(a_pool("raw", blocks=6), (1, 2, 3), (1, 4, 5), (6,))
+    evicted: list[bytes] = []
+    index.on_removed = lambda block: evicted.append(block.name)
+    index.make_room({SlabKind.BLOCK: 6})
+    assert sorted(evicted) == sorted([*names_of((1, 2, 3)), *names_of((1, 4, 5))[1:], *names_of((6,))])
+    left_at = {name: i for i, name in enumerate(evicted)}
+    assert all(left_at[name] < left_at[name[:-1]] for name in evicted if len(name) > 1)
+
+
+@pytest.mark.parametrize("defect", ["orphan", "name", "use", "bound", "spare"])
 def test_integrity_check_can_fail(defect: str) -> None:
     pools = a_pool()
     index = filled(pools, (1, 2))
@@ -190,7 +259,9 @@ def test_integrity_check_can_fail(defect: str) -> None:
         first.children.clear()
     elif defect == "use":
         pools.blocks.share([second.slabs[-1][1]])
-    else:
+    elif defect == "bound":
         index._blocks_max = 1
+    else:
+        index._duel.came(b"not here")
     with pytest.raises(AssertionError):
         index.check_integrity()

@@ -63,6 +63,9 @@ class Metrics:
         self.prefix_blocks_fetched = Counter(
             "zipserve_kv_prefix_blocks_fetched", "Blocks fetched from others", registry=self.registry
         )
+        self.promoted_blocks = Counter(
+            "zipserve_kv_blocks_promoted", "Blocks that were brought from disk into memory", registry=self.registry
+        )
         self.queued_requests = Gauge("zipserve_queued_requests", "Requests waiting", registry=self.registry)
         self.running_requests = Gauge("zipserve_running_requests", "Requests being computed", registry=self.registry)
         self.parked_requests = Gauge(

@@ -81,9 +81,7 @@ class Checkpoints:
         stream.sealed = []
 
     def _filling(self, stream: Stream, block: int, name: bytes) -> Filling:
-        held = stream.ticket.slabs
-        slabs = [(SlabKind.SINKS, slab) for slab in held.sinks if not block]
-        slabs.append((SlabKind.BLOCK, held.blocks[block]))
+        slabs = stream.ticket.slabs.of_block(block)
         return Filling(slabs, [self._index.pools.generation(*slab) for slab in slabs], block, name)
 
     def _seal_all(self, stream: Stream, filled: list[Filling]) -> None:

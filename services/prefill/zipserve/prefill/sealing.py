@@ -13,8 +13,7 @@ def seal_blocks(seals: Seals, chunk: Chunk[Prompt]) -> None:
     """Seals the blocks that a chunk has filled, and notes them in the prompt."""
     job, prompt = chunk.job, chunk.job.payload
     for block in range(len(prompt.sealed), (job.computed + chunk.tokens) // seals.layout.block_tokens):
-        slabs = [(SlabKind.SINKS, slab) for slab in job.slabs.sinks if not block]
-        slabs.append((SlabKind.BLOCK, job.slabs.blocks[block]))
+        slabs = job.slabs.of_block(block)
         generations = [job.generations[slab] for slab in slabs]
         prompt.sealed.append(seals.seal_block(slabs, generations, block, prompt.names[block]))
 

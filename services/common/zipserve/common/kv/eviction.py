@@ -6,7 +6,7 @@ the one that has hit more lately decides (`Duel`).
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Protocol
 
 _HALF_LIFE_REQUESTS = 500
@@ -97,10 +97,14 @@ class S3Fifo:
 
 
 class Duel:
-    """Tells which names the better of two rules would hold in a cache of `capacity` names."""
+    """Tells which names the better of two rules would hold in a cache of `capacity` names, and which others are there.
 
-    def __init__(self, capacity: int) -> None:
-        self._players = (_Player(Lru(), capacity), _Player(S3Fifo(capacity), capacity))
+    Args:
+        here: the names that the cache really holds. Whoever changes them says so with `came` and `gone`.
+    """
+
+    def __init__(self, capacity: int, here: Container[bytes] = ()) -> None:
+        self._players = (_Player(Lru(), capacity, here), _Player(S3Fifo(capacity), capacity, here))
         self._leader = self._players[0]
 
     def request(self, names: Sequence[bytes]) -> None:
@@ -115,14 +119,32 @@ class Duel:
         """Whether the rule that leads would still hold a name."""
         return name in self._leader.held
 
+    def came(self, name: bytes) -> None:
+        """A name is here from now on."""
+        for player in self._players:
+            if name not in player.held:
+                player.spare[name] = None
+
+    def gone(self, name: bytes) -> None:
+        """A name is not here any more."""
+        for player in self._players:
+            player.spare.pop(name, None)
+
+    def spare(self) -> Iterable[bytes]:
+        """Names that are here, but that the rule which leads would not hold any more; the first to go comes first."""
+        return self._leader.spare
+
 
 class _Player:
     """A rule with the cache that it would have, and how well it does."""
 
-    def __init__(self, rule: Rule, capacity: int) -> None:
+    def __init__(self, rule: Rule, capacity: int, here: Container[bytes]) -> None:
         self._rule = rule
         self._capacity = capacity
+        self._here = here
         self.held: set[bytes] = set()
+        self.spare: OrderedDict[bytes, None] = OrderedDict()
+        """Names that are here and not held."""
         self.score = 0.0
 
     def request(self, names: Sequence[bytes]) -> None:
@@ -133,6 +155,10 @@ class _Player:
                 self._rule.use(name)
             else:
                 self.held.add(name)
+                self.spare.pop(name, None)
                 self._rule.add(name)
         while len(self.held) > self._capacity:
-            self.held.remove(self._rule.pop())
+            name = self._rule.pop()
+            self.held.remove(name)
+            if name in self._here:
+                self.spare[name] = None

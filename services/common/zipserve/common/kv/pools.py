@@ -21,6 +21,10 @@ class Slabs:
         """Slabs of a kind; changes to the list change what is held."""
         return {SlabKind.SINKS: self.sinks, SlabKind.BLOCK: self.blocks, SlabKind.TAIL: self.tails}[kind]
 
+    def of_block(self, block: int) -> list[tuple[SlabKind, int]]:
+        """Kind and number of the slabs of a block: of block 0 the sinks first, if there are any."""
+        return [*((SlabKind.SINKS, slab) for slab in self.sinks if not block), (SlabKind.BLOCK, self.blocks[block])]
+
     def __iter__(self) -> Iterator[tuple[SlabKind, int]]:
         """Kind and number of each slab, in the order in which a handle lists them: sinks, blocks, tail."""
         for kind in (SlabKind.SINKS, SlabKind.BLOCK, SlabKind.TAIL):

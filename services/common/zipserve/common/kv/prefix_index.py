@@ -8,6 +8,7 @@ not. Slabs that only the index holds are `idle` in the pools, and are given up w
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from zipserve.common.kv.eviction import Duel
 from zipserve.common.kv.layout import SlabKind
@@ -49,7 +50,7 @@ class PrefixIndex:
         self._blocks_max = pools.blocks.count if blocks_max is None else blocks_max
         self._blocks: OrderedDict[bytes, CachedBlock] = OrderedDict()
         """The one that was not used for longest comes first."""
-        self._duel = Duel(self._blocks_max)
+        self._duel = Duel(self._blocks_max, self._blocks)
         self.on_added: Callable[[CachedBlock], None] = _ignore
         """Called with every block that can be found from now on."""
         self.on_removed: Callable[[CachedBlock], None] = _ignore
@@ -59,11 +60,15 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __iter__(self) -> Iterator[CachedBlock]:
+        """All blocks, each after the one before it. Nothing may come or go meanwhile."""
+        for block in self._blocks.values():
+            if block.parent is None:
+                yield from _subtree(block)
+
     def entries(self) -> Iterator[tuple[bytes, bytes]]:
         """Name of every block, and of the one before it (empty: none), which comes first."""
-        line = [block for block in self._blocks.values() if block.parent is None]
-        for block in line:
-            line.extend(block.children.values())
+        for block in self:
             yield block.name, block.parent.name if block.parent else b""
 
     @property
@@ -109,6 +114,7 @@ class PrefixIndex:
         block = self._blocks[name] = CachedBlock(name, tuple(refs), parent)
         if parent is not None:
             parent.children[name] = block
+        self._duel.came(name)
         for slab in block.slabs:
             self.pools.keep(*slab)
         run.append(block)
@@ -121,11 +127,17 @@ class PrefixIndex:
         while any(count > self.pools.free(kind) for kind, count in missing.items()):
             self._remove(next(victims))
 
-    def discard(self, block: CachedBlock) -> None:
-        """Takes out a block that is not what it should be, and all behind it. Who holds slabs of theirs goes on so."""
-        if self._blocks.get(block.name) is block:
-            for one in reversed(_subtree(block)):
-                self._remove(one)
+    def discard(self, block: CachedBlock) -> list[CachedBlock]:
+        """Takes out a block that is not what it should be, and all behind it. Who holds slabs of theirs goes on so.
+
+        Returns what was taken out; nothing if the block is not here any more.
+        """
+        if self._blocks.get(block.name) is not block:
+            return []
+        out = _subtree(block)
+        for one in reversed(out):
+            self._remove(one)
+        return out
 
     def _may_grow(self) -> bool:
         if len(self._blocks) < self._blocks_max:
@@ -138,19 +150,20 @@ class PrefixIndex:
     def _victims(self) -> Iterator[CachedBlock]:
         """Idle blocks, the least worthy first, and each after those behind it. The caller removes
         every one that it gets."""
-        by_age = list(self._blocks.values())
-        for spares_good in (True, False):
-            for block in by_age:
-                if spares_good and self._duel.keeps(block.name):
-                    continue
-                if self._blocks.get(block.name) is block and self._is_idle(block):
-                    yield from reversed(_subtree(block))
+        while (block := self._least_worthy()) is not None:
+            yield from _from_the_end(block)
+
+    def _least_worthy(self) -> CachedBlock | None:
+        """An idle block: one that the better rule would not keep, or else the one that was not used for longest."""
+        spare = (self._blocks[name] for name in self._duel.spare())
+        return next((block for block in chain(spare, self._blocks.values()) if self._is_idle(block)), None)
 
     def _is_idle(self, block: CachedBlock) -> bool:
         return all(self.pools.is_idle(*slab) for slab in block.slabs)
 
     def _remove(self, block: CachedBlock) -> None:
         del self._blocks[block.name]
+        self._duel.gone(block.name)
         if block.parent is not None:
             del block.parent.children[block.name]
         for slab in block.slabs:
@@ -167,6 +180,9 @@ class PrefixIndex:
                 raise AssertionError(f"block {name.hex()} stands behind one that is gone")
             if parent and self._is_idle(parent) and not self._is_idle(block):
                 raise AssertionError(f"block {name.hex()} is in use behind one that is not")
+        spare = set(self._duel.spare())
+        if spare != {name for name in self._blocks if not self._duel.keeps(name)}:
+            raise AssertionError(f"{len(spare)} blocks are spare, which are not those that are not worth keeping")
         if len(self._blocks) > self._blocks_max:
             raise AssertionError(f"{len(self._blocks)} blocks are held, at most {self._blocks_max}")
 
@@ -177,3 +193,12 @@ def _subtree(block: CachedBlock) -> list[CachedBlock]:
     for one in found:
         found.extend(one.children.values())
     return found
+
+
+def _from_the_end(block: CachedBlock) -> Iterator[CachedBlock]:
+    """A block and all behind it, each after those behind it. The caller removes every one that it gets."""
+    path = [block]
+    while path:
+        while path[-1].children:
+            path.append(next(reversed(path[-1].children.values())))
+        yield path.pop()

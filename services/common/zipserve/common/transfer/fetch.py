@@ -8,7 +8,6 @@ from zipserve.common import log, tracing
 from zipserve.common.errors import BlockSwappedError, ZipserveError
 from zipserve.common.kv.header import SHORT_HASH_BYTES
 from zipserve.common.kv.holders import HolderKey, Holders
-from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.seals import Seals
@@ -20,8 +19,8 @@ from zipserve.common.transfer.puller import HeldLease, KvPuller
 from zipserve.v1 import kv_pb2, kv_store_service_pb2
 
 _log = log.get()
-_AVOIDED_S = 5.0
-"""How long a holder is left alone from which nothing could be had."""
+_AVOIDED_S = {"failed": 5.0, "missed": 0.5}
+"""How long a holder is left alone that does not answer as it should, or that has less than the directory tells."""
 
 
 class PrefixFetcher:
@@ -107,7 +106,7 @@ class PrefixFetcher:
         except Exception:  # noqa: BLE001  # a prompt can do without it
             _log.exception("prefix.not_fetched", peer=holder[0])
         if not fetched:
-            self._avoided[holder] = time.monotonic() + _AVOIDED_S
+            self._avoided[holder] = time.monotonic() + _AVOIDED_S[outcome]
         self._metrics.prefix_fetches.labels(outcome).inc()
         self._metrics.prefix_blocks_fetched.inc(fetched)
         _log.debug("prefix.fetched", peer=holder[0], blocks=fetched, seconds=round(time.monotonic() - started_s, 4))
@@ -168,8 +167,7 @@ class PrefixFetcher:
         """Seals what was read as our own: its bytes are those of its issuer, its header is not."""
         sealed = []
         for block in range(first, len(names)):
-            slabs = [(SlabKind.SINKS, slab) for slab in held.sinks if not block]
-            slabs.append((SlabKind.BLOCK, held.blocks[block]))
+            slabs = held.of_block(block)
             generations = [self._index.pools.generation(*slab) for slab in slabs]
             sealed.append(self._seals.seal_block(slabs, generations, block, names[block]))
         return sealed

@@ -1,15 +1,14 @@
 """A worker's place among those who share KV: what it lends, what it knows of the others, and how it reads from them."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 
 import grpc
 
 from zipserve.common.directory import DirectoryView, DirectoryWriter
 from zipserve.common.errors import ZipserveError
-from zipserve.common.kv.holders import Holders
-from zipserve.common.kv.prefix_index import CachedBlock
+from zipserve.common.kv.holders import HolderKey, Holders
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
@@ -21,6 +20,10 @@ from zipserve.common.transfer.source import KvSource
 from zipserve.common.transport import ArenaInfo, Transport, TransportFactory
 from zipserve.v1 import kv_store_service_pb2_grpc, kv_transfer_service_pb2_grpc
 from zipserve.v1.worker_service_pb2 import WorkerRole
+
+
+def _ignore(holder: HolderKey, names: Sequence[bytes]) -> None:
+    """What others hold is looked up when it is needed."""
 
 
 class Peers:
@@ -79,11 +82,17 @@ class Peers:
         await self._resources.enter_async_context(self.registry)
         await self._resources.enter_async_context(self._channels)
 
-    async def join(self, shelf: Shelf, arenas: list[ArenaInfo]) -> None:
+    async def join(
+        self,
+        shelf: Shelf,
+        arenas: list[ArenaInfo],
+        on_added: Callable[[HolderKey, Sequence[bytes]], None] = _ignore,
+    ) -> None:
         """Lends what is on a shelf, and reads from the others into its slabs.
 
         Args:
             arenas: the memory of the slabs.
+            on_added: called with a holder and the blocks that it is found to have.
 
         Raises:
             TransferError: the transport cannot start.
@@ -114,12 +123,12 @@ class Peers:
             time_s=self._fetch_s,
         )
         self._resources.push_async_callback(self.fetcher.close)
+        self.sharing.attach(shelf)  # before anybody hears of what is here
         self._writer = await self._resources.enter_async_context(
             DirectoryWriter(settings, self._incarnation, shelf.entries)
         )
-        await self._resources.enter_async_context(DirectoryView(settings, self.registry, self.holders))
-        shelf.index.on_added, shelf.index.on_removed = self._tell_added, self._tell_removed
-        self.sharing.attach(shelf)
+        shelf.watch(self._tell_added, self._tell_removed)
+        await self._resources.enter_async_context(DirectoryView(settings, self.registry, self.holders, on_added))
         self._loops += [
             asyncio.create_task(self.source.run_reaper(), name="lease-reaper"),
             asyncio.create_task(self._connect_early(), name="connect-early"),
@@ -148,9 +157,9 @@ class Peers:
                 await self.puller.connect_early([r for r in records if r.worker_id != self._settings.worker_id])
             await self.registry.wait_for_change(self._settings.heartbeat_s * 4)
 
-    def _tell_added(self, block: CachedBlock) -> None:
-        self._writer.added(block.parent.name if block.parent else b"", [block.name])
+    def _tell_added(self, name: bytes, parent: bytes) -> None:
+        self._writer.added(parent, [name])
 
-    def _tell_removed(self, block: CachedBlock) -> None:
+    def _tell_removed(self, name: bytes) -> None:
         self._metrics.prefix_evictions.inc()
-        self._writer.evicted([block.name])
+        self._writer.evicted([name])

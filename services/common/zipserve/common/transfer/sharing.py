@@ -1,7 +1,7 @@
 """The side that shares blocks: whoever asks by name gets a lease over the longest run that is here."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 from zipserve.common import log
@@ -32,6 +32,9 @@ class Shelf(Protocol):
     def entries(self) -> Iterable[tuple[bytes, bytes]]:
         """Name of every block that is here in any form, and of the one before it (empty: none), which comes first."""
 
+    def watch(self, added: Callable[[bytes, bytes], None], removed: Callable[[bytes], None]) -> None:
+        """Says who is to be told of blocks (name, and that of the one before it) that come, and of those that go."""
+
     async def bring(self, names: Sequence[bytes]) -> None:
         """Puts as many of them as possible into the index, those that are here in another form."""
 
@@ -48,6 +51,10 @@ class IndexShelf:
 
     def entries(self) -> Iterable[tuple[bytes, bytes]]:
         return self.index.entries()
+
+    def watch(self, added: Callable[[bytes, bytes], None], removed: Callable[[bytes], None]) -> None:
+        self.index.on_added = lambda block: added(block.name, block.parent.name if block.parent else b"")
+        self.index.on_removed = lambda block: removed(block.name)
 
     async def bring(self, names: Sequence[bytes]) -> None:
         """All are there."""
