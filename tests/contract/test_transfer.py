@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 
-from memory_transport import Fabric
+from memory_transport import Fabric, MemoryTransport
 from polling import until
 from workers import Prefill, Workers, claims_of, value
 from zipserve.common import errors
@@ -129,6 +129,14 @@ async def test_release_after_expiry_is_not_alive_even_before_the_reaper(
     lease_id = claims_of((await prefill.compute(40)).handle).lease_id
     assert not (await prefill.transfer.ReleaseLease(ReleaseLeaseRequest(lease_id=lease_id), timeout=5)).was_alive
     await prefill.settled()
+
+
+async def test_a_renewal_announces_a_read(prefill: Prefill, monkeypatch: pytest.MonkeyPatch) -> None:
+    lease_id = claims_of((await prefill.compute(40)).handle).lease_id
+    said: list[bool] = []
+    monkeypatch.setattr(MemoryTransport, "expect_readers", lambda _, expected: said.append(expected))
+    await prefill.transfer.RenewLeases(RenewLeasesRequest(lease_ids=[lease_id]), timeout=5)
+    assert said == [True]
 
 
 async def test_bytes_that_are_no_message(prefill: Prefill) -> None:
@@ -406,6 +414,18 @@ async def test_memory_that_is_not_registered(nixl_agent: Callable[..., Agent]) -
             await reader.transport.read(peer, [bad], DRAM, b"x", 5.0)
     peer = await reader.transport.connect(source.transport.metadata())
     await reader.transport.read(peer, [good], DRAM, b"x", 5.0)
+
+
+async def test_news_make_it_poll_more_often(nixl_agent: Callable[..., Agent], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only for a while: waiting for readers costs little."""
+    monkeypatch.setattr(nixl_module, "_LIVELY_S", 0.5)
+    transport: Any = nixl_agent().transport
+    assert transport._pause_s() == nixl_module._POLL_IDLE_S
+    transport.expect_readers(True)
+    await until(lambda: transport._pause_s() == nixl_module._POLL_LIVELY_S, "it has news")
+    await until(lambda: transport._pause_s() == nixl_module._POLL_BUSY_S, "it has calmed down")
+    transport.expect_readers(False)
+    assert transport._pause_s() == nixl_module._POLL_IDLE_S
 
 
 async def _posted(reader: Agent, count: int = 1) -> None:

@@ -130,6 +130,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
             )
         now_s = time.monotonic()
         lost = [lease_id for lease_id in request.lease_ids if not self._leases.renew(lease_id, now_s)]
+        self._expect_readers()  # who renews a lease for the first time is about to read
         return kv_transfer_service_pb2.RenewLeasesResponse(
             lost_lease_ids=lost, lease_ttl=to_duration(self._leases.ttl_s)
         )
@@ -152,12 +153,15 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
 
     def _changed(self) -> None:
         self._metrics.leases.set(len(self._leases))
-        if self._transport is not None:
-            self._transport.expect_readers(len(self._leases) > 0)
+        self._expect_readers()
         if len(self._leases):
             self._none_left.clear()
         else:
             self._none_left.set()
+
+    def _expect_readers(self) -> None:
+        if self._transport is not None:
+            self._transport.expect_readers(len(self._leases) > 0)
 
 
 def _arena_message(arena: ArenaInfo) -> kv_transfer_service_pb2.Arena:

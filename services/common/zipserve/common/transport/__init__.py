@@ -84,7 +84,10 @@ class Transport(Protocol):
         """
 
     def expect_readers(self, expected: bool) -> None:
-        """Says whether peers may be reading now, so that the transport keeps its side moving."""
+        """Says whether peers may be reading now, so that the transport keeps its side moving.
+
+        To be said again when a read is about to begin: for a moment it then moves faster.
+        """
 
     def close(self) -> None:
         """Ends all transfers and deregisters the memory."""

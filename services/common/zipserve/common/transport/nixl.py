@@ -1,9 +1,9 @@
 """The NIXL transport: one agent, owned by one thread that posts, polls and answers.
 
 The UCX backend makes progress only while its agent is polled, on both sides of a read. The thread polls every half
-millisecond while a transfer runs or readers are expected, and rarely otherwise; NIXL's own progress thread would spin
-on a whole core. NIXL raises unrelated classes for its statuses, hence the broad excepts; none of its errors is fatal:
-the peer is dropped and can be connected again.
+millisecond while a transfer runs or readers are expected, more often for some milliseconds after news, and rarely
+otherwise; NIXL's own progress thread would spin on a whole core. NIXL raises unrelated classes for its statuses, hence
+the broad excepts; none of its errors is fatal: the peer is dropped and can be connected again.
 """
 
 import asyncio
@@ -22,8 +22,14 @@ from zipserve.common.errors import DeadlineError, TransferError, ZipserveError
 from zipserve.common.transport import ArenaInfo, Range
 
 _log = log.get()
+_POLL_LIVELY_S = 0.00002
+"""With the time that a thread takes to wake up it is some 0.1 ms. Not 0: the event loop must get at the GIL."""
 _POLL_BUSY_S = 0.0005
 _POLL_IDLE_S = 0.02
+_LIVELY_S = 0.005
+"""For so long after news it polls more often: small reads take less, and to others half a millisecond is little."""
+_MOVING_S = 0.0001
+"""A poll that computes for so long has moved bytes."""
 _GRACE_S = 0.5
 T = TypeVar("T")
 
@@ -60,6 +66,7 @@ class NixlTransport:
         self._reads: list[_Read] = []
         self._closing = False
         self._expects_readers = False
+        self._lively_until_s = 0.0
         self._agent, self._registered = _open_agent(name, arenas)
         self._metadata: bytes = self._agent.get_agent_metadata()
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
@@ -71,7 +78,7 @@ class NixlTransport:
     def expect_readers(self, expected: bool) -> None:
         self._expects_readers = expected
         if expected:
-            self._inbox.put(lambda: None)  # wake the thread
+            self._inbox.put(self._enliven)
 
     async def connect(self, metadata: bytes) -> str:
         def load() -> str:
@@ -132,12 +139,14 @@ class NixlTransport:
 
     def _run(self) -> None:
         while not self._closing:
-            busy = self._reads or self._expects_readers
             with suppress(queue.Empty):
-                self._inbox.get(timeout=_POLL_BUSY_S if busy else _POLL_IDLE_S)()
+                self._inbox.get(timeout=self._pause_s())()
+            started_s = time.thread_time()
             self._poll_notifications()
             for read in self._reads[:]:
                 self._poll(read)
+            if time.thread_time() - started_s > _MOVING_S:
+                self._enliven()
         with suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()()  # somebody waits for the answer
@@ -147,6 +156,14 @@ class NixlTransport:
             for descriptors in self._registered:
                 self._agent.deregister_memory(descriptors)
         del self._agent
+
+    def _pause_s(self) -> float:
+        if not self._reads and not self._expects_readers:
+            return _POLL_IDLE_S
+        return _POLL_LIVELY_S if time.monotonic() < self._lively_until_s else _POLL_BUSY_S
+
+    def _enliven(self) -> None:
+        self._lively_until_s = time.monotonic() + _LIVELY_S
 
     def _poll_notifications(self) -> None:
         try:
@@ -172,6 +189,7 @@ class NixlTransport:
                 read.notification,
             )
             state = self._agent.transfer(read.handle)
+            self._enliven()
         except Exception as error:  # noqa: BLE001
             self._finish(read, TransferError(f"cannot read from {read.peer}: {error!r}"))
             return
@@ -203,14 +221,14 @@ class NixlTransport:
                     moved_bytes = self._agent.get_xfer_telemetry(read.handle).totalBytes
                 except Exception as lost:  # noqa: BLE001
                     error = TransferError(f"NIXL cannot say what it read from {read.peer}: {lost!r}")
+            if error is None:
+                read.done.set_result(moved_bytes)  # first: what follows is done while the event loop wakes up
             with suppress(Exception):
                 self._agent.release_xfer_handle(read.handle)
             read.handle = None
-        if error is None:
-            read.done.set_result(moved_bytes)
-            return
-        self._drop(read.peer)  # closing the connection is what makes sure that nothing arrives any more
-        read.done.set_exception(error)
+        if error is not None:
+            self._drop(read.peer)  # closing the connection is what makes sure that nothing arrives any more
+            read.done.set_exception(error)
 
     def _drop(self, peer: str) -> None:
         with suppress(Exception):

@@ -1,0 +1,1 @@
+"""How fast KV moves between two processes, beside raw NIXL and memcpy."""
