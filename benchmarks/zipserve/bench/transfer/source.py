@@ -63,7 +63,6 @@ async def main(layout: Layout, capacity: Capacity) -> None:
         worker_id=WORKER_ID,
         incarnation=INCARNATION,
         secret=SECRET,
-        layout=layout,
         lease_ttl_s=_LEASE_TTL_S,
         metrics=metrics,
     )
@@ -73,7 +72,7 @@ async def main(layout: Layout, capacity: Capacity) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     transport = NixlTransport(WORKER_ID, memory.infos, source.notified)
     try:
-        source.attach(transport, memory.infos)
+        source.attach(transport, memory.infos, layout)
         await server.start()
         raw = RawSource(memory.infos)
         requests = Requests(source, memory, capacity)
