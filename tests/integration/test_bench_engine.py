@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zipserve.bench.engine.stack import Stack
+from zipserve.bench.stack import Stack
 from zipserve.common.errors import InternalError
 
 

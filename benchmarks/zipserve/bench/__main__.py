@@ -11,6 +11,7 @@ BENCHMARKS = {
     "engine": "decode steps and prefill beside rivals and the machine's limits",
     "kernels": "operations on KV blocks beside references, SDPA and the memory's bandwidth",
     "claims": "ZipCache's claims about latency and size, side by side on a served model",
+    "prefix": "prompts that begin alike: what finding their blocks saves, on whole stacks",
     "transfer": "KV pulls between two processes beside raw NIXL and memcpy, and the bytes that they move",
 }
 _INTERRUPTED = 128 + 2

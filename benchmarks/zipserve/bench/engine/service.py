@@ -4,12 +4,12 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from zipserve.bench import report
-from zipserve.bench.engine import gaps, memory, stack
+from zipserve.bench import report, stack
+from zipserve.bench.engine import gaps, memory
 from zipserve.bench.engine.gaps import Gaps, Load
-from zipserve.bench.engine.stack import Stack
 from zipserve.bench.engine.work import Work
 from zipserve.bench.report import Check
+from zipserve.bench.stack import Stack
 from zipserve.engine import startup
 
 _QUICK = {"streams": 2, "stream_prompt_tokens": 16, "quiet_tokens": 4, "prompt_tokens": 200, "prompts": 1}

@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 from zipserve.common.errors import InternalError
@@ -36,6 +37,8 @@ class Stack:
         self._listener: threading.Thread | None = None
         self.address = ""
         """host:port of the router."""
+        self.log_dir = Path()
+        """Where each process logs to a file of its name."""
 
     def __enter__(self) -> "Stack":
         """
@@ -44,6 +47,7 @@ class Stack:
         """
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="zipserve-bench-"))
+            self.log_dir = Path(folder)
             command = [sys.executable, "-P", "-m", "zipserve.cli", "up", "--listen", "127.0.0.1:0", "--log-dir", folder]
             self._process = stack.enter_context(
                 subprocess.Popen(

@@ -1,0 +1,1 @@
+"""Prompts that begin alike: what finding their blocks saves, wherever these are."""
