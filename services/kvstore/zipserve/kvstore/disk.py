@@ -48,8 +48,8 @@ class Reservation:
     """Slot and record of each of its slabs: of the sinks, if it has any, then of the block."""
     slabs: Slabs
     """Held: its own slots, and those of the run."""
-    stale: list[tuple[SlabKind, int]]
-    """Other slots, which are free, and whose records are to be blanked."""
+    stale: set[tuple[SlabKind, int]]
+    """Slots, its own or free ones, whose records are to be blanked before."""
     is_writing: bool = False
     is_stored: bool = False
     error: OSError | None = None
@@ -83,8 +83,8 @@ class DiskTier:
         self._pools = SlabPools(layout, blocks=blocks, tails=0, sinks=blocks)
         self.index = PrefixIndex(self._pools)
         self.counts = DiskCounts()
-        self._stale: list[tuple[SlabKind, int]] = []
-        """Slots that are free and may still have a record."""
+        self._stale: set[tuple[SlabKind, int]] = set()
+        """Slots that are free and may still have a record; no other one has."""
         self._used: set[tuple[SlabKind, int]] = set()
         """Slots that have held a slab, so that there is space for them."""
         self._open: Reservation | None = None
@@ -159,9 +159,8 @@ class DiskTier:
         self.index.make_room(missing)
         assert self._pools.try_extend(slabs, tokens)
         records = self._records(slabs, run[-1].name if run else b"", name, refs, incarnation)
-        own = {(record.identity.kind, slot) for slot, record in records}
-        stale, self._stale = [slot for slot in self._stale if slot not in own], []
-        self._open = Reservation(run, records, slabs, stale)
+        self._open = Reservation(run, records, slabs, self._stale)
+        self._stale = set()
         return self._open
 
     def store(self, reservation: Reservation, slabs: Sequence[memoryview]) -> None:
@@ -175,8 +174,6 @@ class DiskTier:
             places = [(self._files[record.identity.kind], slot, record) for slot, record in reservation.records]
             for kind, slot in reservation.stale:
                 self._files[kind].blank(slot)
-            for file, slot, _ in places:
-                file.blank(slot)
             for (file, slot, record), slab in zip(places, slabs, strict=True):
                 file.write_slab(slot, slab[: record.slab_bytes])
             for file, slot, record in places:
@@ -235,7 +232,7 @@ class DiskTier:
         return gone
 
     def close(self) -> None:
-        """Ends the use of the folder. Nothing may be written or read any more."""
+        """Ends the use of the folder, when nothing is written or held any more."""
         with suppress(OSError):
             for kind, slot in self._stale:
                 self._files[kind].blank(slot)
@@ -260,7 +257,7 @@ class DiskTier:
         if reservation.is_stored:
             self._used.update(own)
         else:
-            self._stale += reservation.stale
+            self._stale |= reservation.stale
         self._note_outcome(reservation, own)
         refs = [record.ref(slot) for slot, record in reservation.records]
         is_here = is_kept and self.index.extend(reservation.run, reservation.records[0][1].name, refs)
@@ -310,7 +307,7 @@ class DiskTier:
         return {**reasons, **({"loose": len(loose)} if loose else {})}
 
     def _note_free(self, kind: SlabKind, slot: int) -> None:
-        self._stale.append((kind, slot))
+        self._stale.add((kind, slot))
 
 
 def _lock(folder: Path, resources: ExitStack) -> None:

@@ -58,11 +58,7 @@ class Record:
         """Whether it is of a slab of a kind, as the layout has them."""
         slab = self.identity
         wanted = (kind, layout.fingerprint, layout.tokens_of(kind), layout.payload_bytes(kind, layout.tokens_of(kind)))
-        return (
-            (slab.kind, slab.fingerprint, slab.tokens, slab.payload_bytes) == wanted
-            and slab.start_position % layout.block_tokens == 0
-            and (not self.parent) == (slab.start_position == 0)
-        )
+        return (slab.kind, slab.fingerprint, slab.tokens, slab.payload_bytes) == wanted
 
     def pack(self) -> bytes:
         """RECORD_BYTES bytes."""
@@ -112,7 +108,6 @@ class Stored(NamedTuple):
 
     name: bytes
     parent: bytes
-    start_position: int
     refs: tuple[BlockRef, ...]
     """Of the sinks, if it is block 0 of a codec with sinks, and of the block; `slab` is the slot."""
 
@@ -127,19 +122,18 @@ def chains(records: Mapping[SlabKind, Mapping[int, Record]], layout: Layout) -> 
     behind: dict[bytes, dict[bytes, Stored]] = {}
     """By the parent's name and by their own."""
     for slot, record in records[SlabKind.BLOCK].items():
-        position, refs = record.identity.start_position, [record.ref(slot)]
-        if layout.has_sinks and not position:
+        refs = [record.ref(slot)]
+        if layout.has_sinks and not record.parent:
             beside = sinks.get((record.name, record.sinks_checksum))
             if beside is None:
                 continue
             refs.insert(0, beside)
-        block = Stored(record.name, record.parent, position, tuple(refs))
+        block = Stored(record.name, record.parent, tuple(refs))
         behind.setdefault(block.parent, {})[block.name] = block
     found = list(behind.pop(b"", {}).values())
     for block in found:
         yield block
-        end = block.start_position + layout.block_tokens
-        found.extend(one for one in behind.pop(block.name, {}).values() if one.start_position == end)
+        found.extend(behind.pop(block.name, {}).values())
 
 
 def _digest(fields: bytes) -> bytes:
