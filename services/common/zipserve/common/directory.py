@@ -143,10 +143,12 @@ class DirectoryWriter:
 
     async def _write(self) -> None:
         """Writes what there is to write, be it that we live. A number is never used twice, whatever becomes of it."""
-        is_whole, self._is_stale = self._is_stale, False
-        changes = self._pending.take()
         expected = self._head
         async with deadline(), self._redis.pipeline(transaction=True) as pipe:
+            if self._is_stale:
+                await self._redis.ping()  # snapshots are not free, and Redis may be away for long
+            is_whole, self._is_stale = self._is_stale, False
+            changes = self._pending.take()
             pipe.hget(self._key, _HEAD)
             if is_whole:
                 pipe.delete(self._key)
