@@ -301,6 +301,53 @@ async def test_a_late_view_reads_no_remains(redis_url: str, cluster: str) -> Non
         await agree(watcher, holder)
 
 
+async def test_memory_lost_while_an_entry_is_written(
+    redis_server: ValkeyServer, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_FIELDS_MAX", 2)
+    async with running(redis_server.connection_url, cluster) as (c, client):
+        holder, watcher = await c.holder(), await c.watcher()
+        holder.add(names_of(0, 10))
+        await agree(watcher, holder)
+        execute, calls = directory.Pipeline.execute, 0
+
+        async def forgetting(pipe: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += holder.snapshots > 1
+            if calls == 3:
+                calls += 1
+                await client.flushall()
+            return await execute(pipe, **options)
+
+        monkeypatch.setattr(directory.Pipeline, "execute", forgetting)
+        holder.writer._give_up()
+        holder.writer._woken.set()
+        await until(lambda: calls > 3, "the memory is lost in between")
+        await until(lambda: holder.snapshots == 3, "the writer notices")
+        late = await c.watcher()
+        await agree(late, holder)
+        await agree(watcher, holder)
+
+
+async def test_blocks_come_and_go_while_an_entry_is_written_and_read(
+    redis_url: str, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory, "_FIELDS_MAX", 16)
+    async with running(redis_url, cluster) as (c, _):
+        holder = await c.holder()
+        names = names_of(0, 2000)
+        holder.add(names)
+        starting = [asyncio.create_task(c.watcher()) for _ in range(3)]
+        for i in range(1, 300):
+            holder.add(names_of(i, 2))
+            holder.evict(names[-3 * i :][:3])
+            if i % 100 == 50:
+                holder.writer._give_up()
+            await asyncio.sleep(0)
+        for watcher in await asyncio.gather(*starting):
+            await agree(watcher, holder)
+
+
 async def test_redis_goes_away_and_comes_back_empty(redis_server: ValkeyServer, cluster: str) -> None:
     async with running(redis_server.connection_url, cluster, registry_ttl_s=0.4) as (c, _):
         holder, watcher = await c.holder(), await c.watcher()
