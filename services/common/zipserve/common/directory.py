@@ -32,7 +32,7 @@ _PENDING_NAMES_MAX = 1 << 16
 _GATHER_S = 0.004
 """Changes that come so soon after each other are written together."""
 _FIELDS_MAX = 1024
-"""Fields that are written by one command: Redis serves nobody else during it."""
+"""Fields that are written or read at once: neither Redis nor our event loop serves anybody else during it."""
 _READ_EVENTS_MAX = 64
 _BLOCK_S = 0.25
 
@@ -143,29 +143,39 @@ class DirectoryWriter:
 
     async def _write(self) -> None:
         """Writes what there is to write, be it that we live. A number is never used twice, whatever becomes of it."""
-        is_whole, self._is_stale = self._is_stale, False
-        changes = self._pending.take()
+        count = await self._lay_out() if self._is_stale else None
+        changes: Sequence[Change | EntryReset] = self._pending.take() if count is None else [EntryReset()]
         expected = self._head
         async with deadline(), self._redis.pipeline(transaction=True) as pipe:
             pipe.hget(self._key, _HEAD)
-            if is_whole:
-                pipe.delete(self._key)
-                self._put(pipe, dict(self._snapshot()))
-                self._tell(pipe, EntryReset())
-            elif changes:
-                self._put(pipe, outcome(changes))
-                for change in changes:
-                    self._tell(pipe, change)
-            if is_whole or changes:
+            pipe.hlen(self._key)
+            self._put(pipe, outcome(changes))
+            for change in changes:
+                self._tell(pipe, change)
+            if changes:
                 self._head = EntryHead(incarnation=self._incarnation, number=self._number).SerializeToString()
                 pipe.hset(self._key, mapping={_HEAD: self._head})
             pipe.pexpire(self._key, self._ttl_ms)
             pipe.pexpire(_events_key(self._settings), 4 * self._ttl_ms)
-            found = (await pipe.execute())[0]
-        if found != expected and not is_whole:
-            _log.info("directory.lost", entries=len(changes))
+            found, found_count, *_ = await pipe.execute()
+        if found != expected if count is None else found_count != count:
+            _log.info("directory.lost", changes=len(changes))
             self._give_up()
             self._woken.set()
+
+    async def _lay_out(self) -> int:
+        """Writes all blocks, piece by piece, and returns their number. Nobody believes an entry without a head."""
+        async with deadline():
+            await self._redis.unlink(self._key)  # fails before a snapshot is taken for a Redis that is away
+        self._is_stale = False
+        blocks = dict(self._snapshot())
+        rest = iter(blocks.items())
+        while fields := dict[Field, Field](islice(rest, _FIELDS_MAX)):
+            async with deadline(), self._redis.pipeline(transaction=True) as pipe:
+                pipe.hset(self._key, mapping=fields)
+                pipe.pexpire(self._key, self._ttl_ms)
+                await pipe.execute()
+        return len(blocks)
 
     @property
     def _ttl_ms(self) -> int:
@@ -348,19 +358,28 @@ class DirectoryView:
         return True
 
     async def _read_entry(self, holder: HolderKey) -> None:
+        """Piece by piece: what changes meanwhile is in events behind the head, which are all still to come."""
+        key = _blocks_key(self._settings, holder[0])
+        row: dict[bytes, bytes] = {}
+        cursor: int | None = None
         try:
             async with deadline():
-                row: Any = await self._redis.hgetall(_blocks_key(self._settings, holder[0]))
+                head = read_head(await self._redis.hget(key, _HEAD.decode()))
+            while cursor != 0 and not self._closing.is_set():
+                async with deadline():
+                    answer: Any = await self._redis.hscan(key, cursor or 0, count=_FIELDS_MAX)
+                cursor, piece = answer
+                row |= piece
         except ResponseError as error:
             _log.debug("entry.unreadable", peer=holder[0], error=repr(error))
             return
-        if not self._is_alive(holder):
+        if self._closing.is_set() or not self._is_alive(holder):
             return
         if not row and holder in self._numbers:
             self._forget(holder)
-        head = read_head(row.pop(_HEAD, None))
         if head is None or head.incarnation != holder[1]:
             return
+        row.pop(_HEAD, None)
         blocks = read_blocks(row.items())
         if len(blocks) < len(row):
             _log.debug("entry.malformed", peer=holder[0], fields=len(row) - len(blocks))

@@ -63,13 +63,13 @@ class PendingChanges:
         return change if change is not None and len(change.names) < _CHANGE_NAMES_MAX else None
 
 
-def outcome(changes: Sequence[Change]) -> dict[bytes, bytes | None]:
+def outcome(changes: Sequence[Change | EntryReset]) -> dict[bytes, bytes | None]:
     """What the changes come to: for each name its parent, or None when its block is gone in the end."""
     parents: dict[bytes, bytes | None] = {}
     for change in changes:
         if isinstance(change, BlocksAdded):
             parents.update(zip(change.names, (change.parent, *change.names), strict=False))
-        else:
+        elif isinstance(change, BlocksEvicted):
             parents.update(dict.fromkeys(change.names))
     return parents
 
