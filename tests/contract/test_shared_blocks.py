@@ -292,3 +292,20 @@ async def test_a_prompt_computed_on_a_decode_worker_reuses_what_is_there(
         tokens = [token for event in events for token in event.tokens.token_ids]
         assert oracle.first_wrong(token_ids, tokens) is None
         assert computed.cached_tokens == cached
+
+
+async def test_a_prompt_computed_on_a_decode_worker_takes_what_others_have(
+    cluster_workers: Workers, tiny_model: Path
+) -> None:
+    pair = await cluster_workers.pair(Fabric().open)
+    token_ids = prompt(TOKENS)
+    give_up(pair.prefill, await pair.prefill.compute(token_ids))
+    names, holders = names_of(pair.prefill, token_ids), pair.decode.service.peers.holders
+    await until(lambda: holders.runs(names) != {}, "the decode worker knows of the blocks")
+    request = pair.decode.request(PrefillResponse(), 4, prompt_token_ids=token_ids)
+    request.ClearField("handle")
+    events = [event async for event in pair.decode.stub.Decode(request, timeout=20)]
+    computed = next(event.computed for event in events if event.WhichOneof("event") == "computed")
+    tokens = [token for event in events for token in event.tokens.token_ids]
+    assert Oracle(tiny_model).first_wrong(token_ids, tokens) is None
+    assert computed.cached_tokens == 5 * BLOCK

@@ -23,6 +23,9 @@ class DecodeSettings(WorkerSettings):
     elsewhere."""
     lease_ttl_s: float = Field(default=10.0, gt=0.0)
     """Time for which blocks that a reader has asked for wait for it without a heartbeat, in seconds."""
+    fetch_s: float = Field(default=2.0, ge=0.0)
+    """Longest wait for blocks that other workers or stores hold of a prompt that is computed here, in seconds; what has
+    not come by then is computed. 0: they are never asked."""
     prefix_blocks_max: int | None = Field(default=None, ge=0)
     """Most blocks that others find, or later sequences, those in use included. They take no slab that a sequence needs.
     0: none. Unset: as many as there are slabs."""

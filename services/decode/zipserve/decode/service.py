@@ -40,6 +40,7 @@ class DecodeService:
             open_transport,
             lease_ttl_s=settings.lease_ttl_s,
             reads_from=[WorkerRole.WORKER_ROLE_PREFILL],
+            fetch_s=settings.fetch_s,
         )
         self.source = self.peers.source
         self._loop: asyncio.Task[None] | None = None
@@ -70,6 +71,7 @@ class DecodeService:
             Checkpoints(index, seals, self.metrics),
             self.source,
             self.puller,
+            self.peers.fetcher,
             Pacing(device.step_tokens, settings.step_slowdown_max),
             self.metrics,
         )

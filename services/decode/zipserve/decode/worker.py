@@ -20,6 +20,7 @@ from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
+from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.puller import KvPuller
 from zipserve.common.transfer.source import KvSource
 from zipserve.decode.checkpoints import Checkpoints, check_chain, local_slabs
@@ -52,6 +53,7 @@ class DecodeWorker:
         checkpoints: Checkpoints,
         source: KvSource,
         puller: KvPuller,
+        fetcher: PrefixFetcher,
         pacing: Pacing,
         metrics: Metrics,
     ) -> None:
@@ -60,6 +62,7 @@ class DecodeWorker:
         self._checkpoints = checkpoints
         self._source = source
         self._puller = puller
+        self._fetcher = fetcher
         self._pacing = pacing
         self._metrics = metrics
         self._in_use: list[Stream] = []
@@ -121,6 +124,7 @@ class DecodeWorker:
             if continuation.chain is not None and continuation.sampling.params.prompt_logprobs is None:
                 block_tokens = self._device.layout.block_tokens
                 stream.ticket.names = continuation.chain.names[: (tokens - 1) // block_tokens]
+                await self._fetcher.fetch(stream.ticket.names, deadline, continuation.request_id)
             self._scheduler.submit(stream.ticket)
             await self._admitted(stream, deadline)
             await self._checkpoints.check(stream)

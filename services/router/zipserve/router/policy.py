@@ -119,6 +119,11 @@ class InFlight:
         while len(self._last_pick) > _REMEMBERED_PICKS:
             del self._last_pick[next(iter(self._last_pick))]
 
+    def requests_of(self, worker: Worker) -> int:
+        """Requests that a decode worker has not ended."""
+        here = worker.running_requests + worker.queued_requests + worker.parked_requests
+        return max(here, self.decode_requests[worker.key])
+
     def last_pick(self, worker: Worker) -> int:
         """Number of the last pick of a worker; 0 when it was never picked."""
         return self._last_pick.get(worker.key, 0)
@@ -200,18 +205,23 @@ def choose(
 
 
 def choose_alone(
-    decodes: Sequence[Worker], need: Need, in_flight: InFlight, failed: Collection[WorkerKey] = ()
+    decodes: Sequence[Worker],
+    need: Need,
+    in_flight: InFlight,
+    failed: Collection[WorkerKey] = (),
+    to_compute: Mapping[WorkerKey, int] = _NOTHING,
 ) -> Alone | None:
-    """The best decode worker by itself, or None when there is none; scored as in `choose`."""
+    """The best decode worker by itself, or None when there is none: fewest outstanding requests, then fewest tokens to
+    compute, then as in `choose`.
+    """
     able = [worker for worker in decodes if need.met_by(worker)]
-    best = min(able, key=lambda w: (w.key in failed, *_decode_score(w, in_flight)), default=None)
+
+    def order(worker: Worker) -> tuple[int, ...]:
+        requests, tokens = in_flight.requests_of(worker), to_compute.get(worker.key, 0)
+        return worker.key in failed, requests, tokens, -worker.free_blocks, in_flight.last_pick(worker)
+
+    best = min(able, key=lambda worker: (order(worker), worker.worker_id), default=None)
     return None if best is None else Alone(best)
-
-
-def _decode_score(worker: Worker, in_flight: InFlight) -> tuple[int, int, int, str]:
-    here = worker.running_requests + worker.queued_requests + worker.parked_requests
-    requests = max(here, in_flight.decode_requests[worker.key])
-    return requests, -worker.free_blocks, in_flight.last_pick(worker), worker.worker_id
 
 
 def missing(prefills: Sequence[Worker] | None, decodes: Sequence[Worker], need: Need) -> str:

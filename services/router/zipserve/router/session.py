@@ -198,9 +198,10 @@ class Session:
                 await self._workers.wait_for_change(min(until_s - self._now(), self._remaining_s(error)))
 
     def _choose(self, prefills: Sequence[Worker] | None, decodes: Sequence[Worker]) -> Pair | Alone | None:
-        if prefills is None:
-            return choose_alone(decodes, self._need, self._in_flight, self._failed)
         token_ids = self._choices[0].transcript.sequence
+        if prefills is None:
+            to_compute = self._prefixes.to_compute(decodes, token_ids, self._job.cache_salt)
+            return choose_alone(decodes, self._need, self._in_flight, self._failed, to_compute)
         self._to_compute = self._prefixes.to_compute(prefills, token_ids, self._job.cache_salt)
         pair = choose(prefills, decodes, self._need, self._in_flight, self._failed, self._to_compute)
         if pair is not None:
