@@ -1,14 +1,19 @@
 """Prompts that begin alike go where their beginning is; tenants are told apart on every hop."""
 
+import json
 from contextlib import AsyncExitStack
 from typing import Any
 
 import grpc
 import pytest
 import structlog
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from router_cluster import Cluster, answer, build, refusal
 from router_peers import Peer
+from zipserve.common import tracing
 from zipserve.common.models import ModelFiles
 from zipserve.v1.inference_service_pb2 import TokenIds
 from zipserve.v1.prefill_service_pb2 import PrefillRequest
@@ -85,3 +90,16 @@ async def test_the_choice_is_explained(peers: tuple[Cluster, list[Peer]]) -> Non
     assert (line["prefill_worker"], line["decode_worker"]) == ("p0", "d0")
     scores = [(score["worker_id"], score["first_token_tokens"]) for score in line["scores"]]
     assert scores == [("p0", 5), ("p1", BLOCK + 5)]
+
+
+async def test_the_span_of_a_request_has_the_scores_of_its_route(
+    peers: tuple[Cluster, list[Peer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(tracing, "_tracer", provider.get_tracer("test"))
+    await ask(peers[0], [3] * (2 * BLOCK))
+    routes = [json.loads(str(span.attributes["zipserve.route"])) for span in exporter.get_finished_spans()
+              if span.attributes and "zipserve.route" in span.attributes]  # fmt: skip
+    assert [(route["prefill_worker"], route["decode_worker"]) for route in routes] == [("p0", "d0")]
+    assert [score["worker_id"] for score in routes[0]["scores"]] == ["p0", "p1"]

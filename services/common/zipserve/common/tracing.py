@@ -4,7 +4,7 @@ Without a configured SDK all of this does nothing; an operator configures one by
 `opentelemetry-instrument`, or a test by setting a tracer provider.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from opentelemetry import propagate, trace
@@ -19,6 +19,13 @@ def outgoing(request_id: str) -> list[tuple[str, str]]:
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
     return [(REQUEST_ID_KEY, request_id), *carrier.items()]
+
+
+def annotate(name: str, value: Callable[[], str]) -> None:
+    """Adds an attribute to the current span; the value is made only if somebody records it."""
+    span = trace.get_current_span()
+    if span.is_recording():
+        span.set_attribute(name, value())
 
 
 @contextmanager

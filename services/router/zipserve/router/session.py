@@ -6,6 +6,7 @@ gRPC: workers are reached through the `Workers` interface.
 """
 
 import asyncio
+import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
@@ -13,7 +14,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from zipserve.common import log
+from zipserve.common import log, tracing
 from zipserve.common.errors import (
     DeadlineError,
     HandoffError,
@@ -206,12 +207,13 @@ class Session:
         pair = choose(prefills, decodes, self._need, self._in_flight, self._failed, self._to_compute)
         if pair is not None:
             scores = prefill_scores(prefills, self._in_flight, self._failed, self._to_compute)
-            _log.debug(
-                "route.scored",
-                prefill_worker=pair.prefill.worker_id,
-                decode_worker=pair.decode.worker_id,
-                scores=[score._asdict() for score in scores],
-            )
+            route = {
+                "prefill_worker": pair.prefill.worker_id,
+                "decode_worker": pair.decode.worker_id,
+                "scores": [score._asdict() for score in scores],
+            }
+            _log.debug("route.scored", **route)
+            tracing.annotate("zipserve.route", lambda: json.dumps(route))
         return pair
 
     def _is_local(self) -> bool:
