@@ -123,7 +123,7 @@ async def store(
     memory = space[start : start + sum(sizes)]
     own = ArenaInfo(SlabKind.BLOCK, memory.ctypes.data, sum(sizes), 1, "DRAM")
     with ExitStack() as stack:
-        transport = NixlTransport("store", [own], None)
+        transport = NixlTransport("store", [own])
         stack.callback(transport.close)
         name = await transport.connect(peer.metadata())
         peer.expect_readers(True)
@@ -131,7 +131,7 @@ async def store(
         for (kind, slab), size, ref in zip(places, sizes, claims.refs, strict=False):
             ranges.append(Range(by_kind[kind].address(slab), 0, own.base_address + at, 0, ref.bytes))
             at += size
-        moved_bytes = await transport.read(name, ranges, ("DRAM", "DRAM"), b"store", 5.0)
+        moved_bytes = await transport.read(name, ranges, ("DRAM", "DRAM"), 5.0)
         assert moved_bytes == sum(one.size_bytes for one in ranges)
         peer.expect_readers(False)
     starts = [one.local_address - own.base_address for one in ranges]

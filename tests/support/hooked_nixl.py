@@ -20,30 +20,20 @@ class Hooks:
     reads: int = 0
     """Reads that have begun."""
 
-    def open(
-        self, name: str, arenas: Sequence[ArenaInfo], on_notifications: Callable[[list[bytes]], None] | None
-    ) -> "HookedNixl":
-        return HookedNixl(self, name, arenas, on_notifications)
+    def open(self, name: str, arenas: Sequence[ArenaInfo]) -> "HookedNixl":
+        return HookedNixl(self, name, arenas)
 
 
 class HookedNixl(NixlTransport):
     """A `NixlTransport` that tells `Hooks` of its reads."""
 
-    def __init__(
-        self,
-        hooks: Hooks,
-        name: str,
-        arenas: Sequence[ArenaInfo],
-        on_notifications: Callable[[list[bytes]], None] | None,
-    ) -> None:
-        super().__init__(name, arenas, on_notifications)
+    def __init__(self, hooks: Hooks, name: str, arenas: Sequence[ArenaInfo]) -> None:
+        super().__init__(name, arenas)
         self._hooks = hooks
 
-    async def read(
-        self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> int:
+    async def read(self, peer: str, ranges: list[Range], memory_types: tuple[str, str], timeout_s: float) -> int:
         self._hooks.reads += 1
         await self._hooks.before()
-        moved_bytes = await super().read(peer, ranges, memory_types, notification, timeout_s)
+        moved_bytes = await super().read(peer, ranges, memory_types, timeout_s)
         await self._hooks.after()
         return moved_bytes

@@ -45,25 +45,16 @@ class Fabric:
     """Reads that have begun."""
     connects: int = 0
 
-    def open(
-        self, name: str, arenas: Sequence[ArenaInfo], on_notifications: Callable[[list[bytes]], None] | None
-    ) -> "MemoryTransport":
-        return MemoryTransport(self, name, arenas, on_notifications)
+    def open(self, name: str, arenas: Sequence[ArenaInfo]) -> "MemoryTransport":
+        return MemoryTransport(self, name, arenas)
 
 
 class MemoryTransport:
     """One agent of a `Fabric`."""
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        name: str,
-        arenas: Sequence[ArenaInfo],
-        on_notifications: Callable[[list[bytes]], None] | None,
-    ) -> None:
+    def __init__(self, fabric: Fabric, name: str, arenas: Sequence[ArenaInfo]) -> None:
         self._fabric = fabric
         self._name = name.encode()
-        self._on_notifications = on_notifications
         self._connected: set[str] = set()
         self.arenas = list(arenas)
         fabric.agents[self._name] = self
@@ -81,9 +72,7 @@ class MemoryTransport:
     async def disconnect(self, peer: str) -> None:
         self._connected.discard(peer)
 
-    async def read(
-        self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> int:
+    async def read(self, peer: str, ranges: list[Range], memory_types: tuple[str, str], timeout_s: float) -> int:
         source = self._fabric.agents.get(peer.encode())
         if source is None or peer not in self._connected:
             raise TransferError(f"{peer} is not connected")
@@ -100,8 +89,6 @@ class MemoryTransport:
             if isinstance(error, TimeoutError):
                 raise DeadlineError(f"{peer} did not deliver in time") from error
             raise
-        if source._on_notifications is not None:
-            source._on_notifications([notification])
         return sum(one.size_bytes for one in ranges)
 
     async def _copy(self, ranges: list[Range]) -> None:

@@ -45,7 +45,7 @@ class RawReader:
         self._agent.make_connection(self._peer)
 
     def read(self, ranges: list[Range]) -> float:
-        """Reads all ranges as one READ, without a notification.
+        """Reads all ranges as one READ.
 
         Returns:
             Seconds from addresses to bytes.

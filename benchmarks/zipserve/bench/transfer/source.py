@@ -70,7 +70,7 @@ async def main(layout: Layout, capacity: Capacity) -> None:
     server = grpc.aio.server(interceptors=[ServiceInterceptor(metrics)])
     kv_transfer_service_pb2_grpc.add_KvTransferServiceServicer_to_server(source, server)
     port = server.add_insecure_port("127.0.0.1:0")
-    transport = NixlTransport(WORKER_ID, memory.infos, source.notified)
+    transport = NixlTransport(WORKER_ID, memory.infos)
     try:
         source.attach(transport, memory.infos, layout)
         await server.start()

@@ -33,9 +33,6 @@ class Metrics:
         self.transfer_seconds = Histogram(
             "zipserve_kv_transfer_seconds", "Time of one read over NIXL", buckets=_SECONDS, registry=self.registry
         )
-        self.pulls_seen = Counter(
-            "zipserve_kv_pulls_seen", "Reads of our slabs that peers have notified", registry=self.registry
-        )
         self.leases_expired = Counter(
             "zipserve_kv_leases_expired", "Leases that ended without a release", registry=self.registry
         )

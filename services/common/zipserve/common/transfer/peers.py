@@ -98,7 +98,7 @@ class Peers:
             TransferError: the transport cannot start.
         """
         settings, me = self._settings, (self._settings.worker_id, self._incarnation)
-        self.transport = self._open_transport(f"{me[0]}-{me[1]:016x}", arenas, self.source.notified)
+        self.transport = self._open_transport(f"{me[0]}-{me[1]:016x}", arenas)
         self._resources.push_async_callback(asyncio.to_thread, self.transport.close)
         self.source.attach(self.transport, arenas, shelf.seals.layout)
         self.puller = KvPuller(

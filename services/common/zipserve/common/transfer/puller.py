@@ -186,7 +186,7 @@ class KvPuller:
         started_s = time.monotonic()
         types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
         try:
-            size_bytes = await self._transport.read(peer.agent, ranges, types, claims.lease_id, deadline.remaining_s())
+            size_bytes = await self._transport.read(peer.agent, ranges, types, deadline.remaining_s())
         except BaseException:  # also when it is cancelled
             if self._peers.get(claims.worker_id) is peer:
                 del self._peers[claims.worker_id]  # the transport has dropped it; the next pull connects anew

@@ -97,10 +97,6 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
         """Returns when no lease is left."""
         await self._none_left.wait()
 
-    def notified(self, messages: list[bytes]) -> None:
-        """Counts the reads that peers report as done."""
-        self._metrics.pulls_seen.inc(len(messages))
-
     async def Connect(
         self, request: kv_transfer_service_pb2.ConnectRequest, context: Context
     ) -> kv_transfer_service_pb2.ConnectResponse:

@@ -48,8 +48,8 @@ class Range(NamedTuple):
     size_bytes: int
 
 
-TransportFactory: TypeAlias = Callable[[str, Sequence["ArenaInfo"], Callable[[list[bytes]], None] | None], "Transport"]
-"""Opens a transport: agent name, regions to register, and whom to tell of peers' notifications."""
+TransportFactory: TypeAlias = Callable[[str, Sequence["ArenaInfo"]], "Transport"]
+"""Opens a transport: agent name, and regions to register."""
 
 
 class Transport(Protocol):
@@ -68,10 +68,8 @@ class Transport(Protocol):
     async def disconnect(self, peer: str) -> None:
         """Forgets a peer; connecting to it again is possible."""
 
-    async def read(
-        self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> int:
-        """Reads all ranges, and notifies the peer when done. `memory_types` are (remote, local).
+    async def read(self, peer: str, ranges: list[Range], memory_types: tuple[str, str], timeout_s: float) -> int:
+        """Reads all ranges. `memory_types` are (remote, local).
 
         Returns the bytes that were moved, as the transport itself has counted them.
 

@@ -1,4 +1,4 @@
-"""The NIXL transport: one agent, owned by one thread that posts, polls and answers.
+"""The NIXL transport: an agent that lends and one for each peer that is read, owned by one thread that polls them all.
 
 The UCX backend makes progress only while its agent is polled, on both sides of a read. The thread polls every half
 millisecond while a transfer runs or readers are expected, more often for some milliseconds after news, and rarely
@@ -34,15 +34,56 @@ _GRACE_S = 0.5
 T = TypeVar("T")
 
 
+class _Agent:
+    """A NIXL agent over our arenas.
+
+    Raises:
+        TransferError: NIXL has no UCX backend, or refuses the memory.
+    """
+
+    def __init__(self, name: str, arenas: Sequence[ArenaInfo]) -> None:
+        from nixl._api import nixl_agent, nixl_agent_config  # noqa: PLC0415  # takes seconds, and torch if installed
+
+        logging.getLogger("nixl").setLevel(logging.WARNING)
+        try:
+            config = nixl_agent_config(enable_prog_thread=False, backends=["UCX"], capture_telemetry=True)
+            self.nixl: Any = nixl_agent(name, config)
+            self._registered = [
+                self.nixl.register_memory([(a.base_address, a.size_bytes, a.device_id, a.kind.name)], a.memory_type)
+                for a in arenas
+            ]
+        except Exception as error:
+            raise TransferError(f"NIXL cannot start: {error!r}") from error
+
+    def progress(self) -> None:
+        """Moves what peers read, and what connections need. Nobody sends notifications; no other call does this."""
+        try:
+            self.nixl.get_new_notifs()
+        except Exception as error:  # noqa: BLE001
+            _log.warning("transport.poll_failed", error=repr(error))
+
+    def close(self) -> None:
+        """Ends it for sure: the registrations, the connections, and all that may still arrive over them."""
+        with suppress(Exception):
+            for descriptors in self._registered:
+                self.nixl.deregister_memory(descriptors)
+        del self.nixl
+
+
 @dataclass
 class _Read:
     peer: str
     ranges: list[Range]
     memory_types: tuple[str, str]
-    notification: bytes
     deadline_s: float
     done: "Future[int]" = field(default_factory=Future)
     handle: Any = None
+
+    def release(self) -> None:
+        """Frees what NIXL keeps for it."""
+        with suppress(Exception):
+            self.handle.release()
+        self.handle = None
 
 
 class NixlTransport:
@@ -51,24 +92,24 @@ class NixlTransport:
     Args:
         name: of the agent; unique among all agents that ever meet (worker id and incarnation).
         arenas: regions to register.
-        on_notifications: called in the event loop with the notifications of peers that finished a read.
 
     Raises:
         TransferError: NIXL has no UCX backend, or refuses the memory.
     """
 
-    def __init__(
-        self, name: str, arenas: Sequence[ArenaInfo], on_notifications: Callable[[list[bytes]], None] | None = None
-    ) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._on_notifications = on_notifications
+    def __init__(self, name: str, arenas: Sequence[ArenaInfo]) -> None:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._reads: list[_Read] = []
         self._closing = False
         self._expects_readers = False
         self._lively_until_s = 0.0
-        self._agent, self._registered = _open_agent(name, arenas)
-        self._metadata: bytes = self._agent.get_agent_metadata()
+        self._look_at_peers_s = 0.0
+        self._name = name
+        self._arenas = arenas
+        self._lender = _Agent(name, arenas)
+        self._peers: dict[str, _Agent] = {}
+        self._connects = 0
+        self._metadata: bytes = self._lender.nixl.get_agent_metadata()
         self._thread = threading.Thread(target=self._run, name="nixl", daemon=True)
         self._thread.start()
 
@@ -81,25 +122,14 @@ class NixlTransport:
             self._inbox.put(self._enliven)
 
     async def connect(self, metadata: bytes) -> str:
-        def load() -> str:
-            try:
-                name = self._agent.add_remote_agent(metadata)
-                peer = name.decode() if isinstance(name, bytes) else str(name)
-                self._agent.make_connection(peer)  # the first contact takes 30 ms: make it now
-                return peer
-            except Exception as error:
-                raise TransferError(f"cannot connect to a peer: {error!r}") from error
-
-        return await self._in_thread(load)
+        return await self._in_thread(lambda: self._connect(metadata))
 
     async def disconnect(self, peer: str) -> None:
-        await self._in_thread(lambda: self._drop(peer))
+        await self._in_thread(lambda: self._drop(peer, TransferError(f"{peer} has been disconnected")))
 
-    async def read(
-        self, peer: str, ranges: list[Range], memory_types: tuple[str, str], notification: bytes, timeout_s: float
-    ) -> int:
+    async def read(self, peer: str, ranges: list[Range], memory_types: tuple[str, str], timeout_s: float) -> int:
         self._check_open()
-        read = _Read(peer, ranges, memory_types, notification, time.monotonic() + timeout_s)
+        read = _Read(peer, ranges, memory_types, time.monotonic() + timeout_s)
         self._inbox.put(lambda: self._post(read))
         waiting = asyncio.wrap_future(read.done)
         try:
@@ -142,20 +172,22 @@ class NixlTransport:
             with suppress(queue.Empty):
                 self._inbox.get(timeout=self._pause_s())()
             started_s = time.thread_time()
-            self._poll_notifications()
+            self._lender.progress()
+            if time.monotonic() >= self._look_at_peers_s:  # connections are made, and lost, without a read
+                self._look_at_peers_s = time.monotonic() + _POLL_IDLE_S
+                for agent in self._peers.values():
+                    agent.progress()
             for read in self._reads[:]:
-                self._poll(read)
+                if not read.done.done():  # another one of the same peer may have ended it
+                    self._poll(read)
             if time.thread_time() - started_s > _MOVING_S:
                 self._enliven()
         with suppress(queue.Empty):
             while True:
                 self._inbox.get_nowait()()  # somebody waits for the answer
-        for read in self._reads[:]:
-            self._finish(read, TransferError("the transport is closing"))
-        with suppress(Exception):
-            for descriptors in self._registered:
-                self._agent.deregister_memory(descriptors)
-        del self._agent
+        for peer in list(self._peers):
+            self._drop(peer, TransferError("the transport is closing"))
+        self._lender.close()
 
     def _pause_s(self) -> float:
         if not self._reads and not self._expects_readers:
@@ -165,74 +197,86 @@ class NixlTransport:
     def _enliven(self) -> None:
         self._lively_until_s = time.monotonic() + _LIVELY_S
 
-    def _poll_notifications(self) -> None:
+    def _connect(self, metadata: bytes) -> str:
+        self._connects += 1
+        agent = _Agent(f"{self._name}-reads-{self._connects}", self._arenas)
         try:
-            news = self._agent.get_new_notifs()
-        except Exception as error:  # noqa: BLE001
-            _log.warning("transport.poll_failed", error=repr(error))
-            return
-        messages = [message for batch in news.values() for message in batch]
-        if messages and self._on_notifications is not None:
-            with suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._on_notifications, messages)
+            name = agent.nixl.add_remote_agent(metadata)
+            peer = name.decode() if isinstance(name, bytes) else str(name)
+            agent.nixl.make_connection(peer)  # the first contact takes 30 ms: make it now
+        except Exception as error:
+            agent.close()
+            raise TransferError(f"cannot connect to a peer: {error!r}") from error
+        self._drop(peer, TransferError(f"{peer} has been connected again"))
+        self._peers[peer] = agent
+        return peer
 
     def _post(self, read: _Read) -> None:
+        agent = self._peers.get(read.peer)
+        if agent is None:
+            read.done.set_exception(TransferError(f"{read.peer} is not connected"))
+            return
         self._reads.append(read)
         try:
             remote = [(r.remote_address, r.size_bytes, r.remote_device) for r in read.ranges]
             local = [(r.local_address, r.size_bytes, r.local_device) for r in read.ranges]
-            read.handle = self._agent.initialize_xfer(
+            read.handle = agent.nixl.initialize_xfer(
                 "READ",
-                self._agent.get_xfer_descs(local, read.memory_types[1]),
-                self._agent.get_xfer_descs(remote, read.memory_types[0]),
+                agent.nixl.get_xfer_descs(local, read.memory_types[1]),
+                agent.nixl.get_xfer_descs(remote, read.memory_types[0]),
                 read.peer,
-                read.notification,
             )
-            state = self._agent.transfer(read.handle)
+            state = agent.nixl.transfer(read.handle)
             self._enliven()
         except Exception as error:  # noqa: BLE001
-            self._finish(read, TransferError(f"cannot read from {read.peer}: {error!r}"))
+            self._drop(read.peer, TransferError(f"cannot read from {read.peer}: {error!r}"))
             return
         self._settle(read, state)
 
     def _poll(self, read: _Read) -> None:
         try:
-            state = self._agent.check_xfer_state(read.handle)
+            state = self._peers[read.peer].nixl.check_xfer_state(read.handle)
         except Exception as error:  # noqa: BLE001
-            self._finish(read, TransferError(f"lost {read.peer} while reading: {error!r}"))
+            self._drop(read.peer, TransferError(f"lost {read.peer} while reading: {error!r}"))
             return
         self._settle(read, state)
 
     def _settle(self, read: _Read, state: str) -> None:
         if state == "DONE":
-            self._finish(read, None)
+            self._finish(read)
         elif state != "PROC":
-            self._finish(read, TransferError(f"reading from {read.peer} failed"))
+            self._drop(read.peer, TransferError(f"reading from {read.peer} failed"))
         elif time.monotonic() >= read.deadline_s + _GRACE_S:
             # ending a read drops the peer, and so all other reads from it: it gets the time to end by itself
-            self._finish(read, DeadlineError(f"{read.peer} did not deliver {len(read.ranges)} slabs in time"))
+            self._drop(read.peer, TransferError(f"{read.peer} did not deliver another read in time"))
 
-    def _finish(self, read: _Read, error: ZipserveError | None) -> None:
+    def _finish(self, read: _Read) -> None:
+        try:
+            moved_bytes = self._peers[read.peer].nixl.get_xfer_telemetry(read.handle).totalBytes
+        except Exception as lost:  # noqa: BLE001
+            self._drop(read.peer, TransferError(f"NIXL cannot say what it read from {read.peer}: {lost!r}"))
+            return
         self._reads.remove(read)
-        moved_bytes = 0
-        if read.handle is not None:
-            if error is None:
-                try:
-                    moved_bytes = self._agent.get_xfer_telemetry(read.handle).totalBytes
-                except Exception as lost:  # noqa: BLE001
-                    error = TransferError(f"NIXL cannot say what it read from {read.peer}: {lost!r}")
-            if error is None:
-                read.done.set_result(moved_bytes)  # first: what follows is done while the event loop wakes up
-            with suppress(Exception):
-                self._agent.release_xfer_handle(read.handle)
-            read.handle = None
-        if error is not None:
-            self._drop(read.peer)  # closing the connection is what makes sure that nothing arrives any more
-            read.done.set_exception(error)
+        read.done.set_result(moved_bytes)  # first: what follows is done while the event loop wakes up
+        read.release()
 
-    def _drop(self, peer: str) -> None:
-        with suppress(Exception):
-            self._agent.remove_remote_agent(peer)
+    def _drop(self, peer: str, error: ZipserveError) -> None:
+        """Forgets a peer, and ends all reads from it with an error.
+
+        Its agent ends with it. NIXL closes a connection alone only behind what is under way on it: over TCP the slabs
+        would still arrive.
+        """
+        agent = self._peers.pop(peer, None)
+        if agent is None:
+            return
+        ended = [read for read in self._reads if read.peer == peer]
+        self._reads = [read for read in self._reads if read.peer != peer]
+        for read in ended:
+            read.release()
+        agent.close()
+        for read in ended:
+            late = DeadlineError(f"{peer} did not deliver {len(read.ranges)} slabs in time")
+            read.done.set_exception(late if time.monotonic() >= read.deadline_s else error)
 
 
 async def _uncancelled(waiting: "asyncio.Future[int]") -> None:
@@ -240,18 +284,3 @@ async def _uncancelled(waiting: "asyncio.Future[int]") -> None:
     while not waiting.done():
         with suppress(asyncio.CancelledError):
             await asyncio.shield(waiting)
-
-
-def _open_agent(name: str, arenas: Sequence[ArenaInfo]) -> tuple[Any, list[Any]]:
-    from nixl._api import nixl_agent, nixl_agent_config  # noqa: PLC0415  # takes seconds, and torch where it is installed
-
-    logging.getLogger("nixl").setLevel(logging.WARNING)
-    try:
-        agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=False, backends=["UCX"], capture_telemetry=True))
-        registered = [
-            agent.register_memory([(a.base_address, a.size_bytes, a.device_id, a.kind.name)], a.memory_type)
-            for a in arenas
-        ]
-    except Exception as error:
-        raise TransferError(f"NIXL cannot start: {error!r}") from error
-    return agent, registered
