@@ -25,7 +25,7 @@ from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.status import client_errors, from_rpc_error
 from zipserve.common.sampling import Sampling
 from zipserve.common.transfer import puller as puller_module
-from zipserve.common.transfer.puller import HeldLease
+from zipserve.common.transfer.held_lease import HeldLease
 from zipserve.common.transfer.source import KvSource
 from zipserve.common.transport import TransportFactory
 from zipserve.common.transport.nixl import NixlTransport

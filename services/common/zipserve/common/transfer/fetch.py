@@ -15,7 +15,8 @@ from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.status import client_errors
 from zipserve.common.threads import in_thread
-from zipserve.common.transfer.puller import HeldLease, KvPuller
+from zipserve.common.transfer.held_lease import HeldLease
+from zipserve.common.transfer.puller import KvPuller
 from zipserve.v1 import kv_pb2, kv_store_service_pb2
 
 _log = log.get()
