@@ -85,6 +85,8 @@ class Store:
         if self._disk is None:
             return
         self._disk.note_request(names)
+        if self.count(names) == len(self.index.find(names)):
+            return  # without a wait for those who need the disk
         async with self._promoting:
             on_disk = self._disk.find(names)
             if len(on_disk) > len(self.index.find(names)):
