@@ -42,7 +42,7 @@ BLOCK = 128
 PREFIX_TOKENS = 320
 PREFIX_BLOCKS = PREFIX_TOKENS // BLOCK
 """Full blocks of every prompt."""
-ASKED = 6
+ASKED = 4
 """Prompts of each prefix."""
 HEALED_S = 10.0
 HITS = "zipserve_kv_prefix_blocks_total", "hit"
@@ -164,6 +164,8 @@ async def cluster(redis_url: str, tmp_path_factory: pytest.TempPathFactory) -> A
             ("kvstore", "disk_path", disk),
             ("kvstore", "disk_bytes", str(1 << 30)),
             ("prefill", "metrics_port", str(port)),
+            ("prefill", "kv_blocks", "96"),
+            ("decode", "kv_blocks", "96"),
         )
         async with (
             Processes(
@@ -191,7 +193,7 @@ async def test_kill_decode_after_long_answers(cluster: Cluster) -> None:
         """Streams whose first two blocks with generated tokens are there."""
         return sum(len(holders.chain(name)) == depth for name in holders.names_of(cluster.key("kvstore-0")))
 
-    streams = Streams(cluster, prompts, tokens=400)
+    streams = Streams(cluster, prompts, tokens=360)
     await streams.under_way(300)
     await until(lambda: answers_at_store() >= len(prompts), "the store has read what was generated")
     before = await cluster.prefill_counts()
@@ -217,11 +219,11 @@ async def test_kill_store(cluster: Cluster) -> None:
     assert await stack.wait("prefill-0") == 0
     await stack.start("prefill-1")
 
-    streams = [Streams(cluster, (running * STREAMS)[:STREAMS], tokens=100)]
+    streams = [Streams(cluster, (running * STREAMS)[:STREAMS], tokens=64)]
     await streams[0].under_way(10)
-    streams.append(Streams(cluster, arriving[:3], tokens=40))
+    streams.append(Streams(cluster, arriving[:2], tokens=24))
     await asyncio.to_thread(stack.kill, "kvstore-0")  # while these arrive
-    streams.append(Streams(cluster, following[:3], tokens=40))
+    streams.append(Streams(cluster, following[:2], tokens=24))
     for some in streams:
         assert not any(answer.finished.usage.replays for answer in await some.check())
     counts = await cluster.prefill_counts()
@@ -230,19 +232,20 @@ async def test_kill_store(cluster: Cluster) -> None:
 
     await stack.start("kvstore-0")
     await cluster.holds("kvstore-0", [prompts[0] for prompts in late])
-    found = []
-    for prompts in late:
+    cached_tokens = 0
+    for prompts in late:  # the worker may hear of the store a heartbeat later than we
         assert set(cluster.holders.runs(cluster.names(prompts[0]))) == {cluster.key("kvstore-0")}
-        (answer,) = await Streams(cluster, prompts[:1], tokens=40).check()
-        found.append(answer.finished.usage.cached_prompt_tokens)
-    # the worker may hear of the store a heartbeat later than we
-    assert found[-1] == PREFIX_BLOCKS * BLOCK, found
+        (answer,) = await Streams(cluster, prompts[:1], tokens=24).check()
+        cached_tokens = answer.finished.usage.cached_prompt_tokens
+        if cached_tokens:
+            break
+    assert cached_tokens == PREFIX_BLOCKS * BLOCK
 
 
 async def test_redis_forgets_everything(cluster: Cluster, redis_url: str) -> None:
     """The directory is whole again soon, and goes on, for those who knew it before and for those who come."""
     stack = cluster.stack
-    streams = Streams(cluster, (cluster.prompts[0] * STREAMS)[:STREAMS], tokens=100)
+    streams = Streams(cluster, (cluster.prompts[0] * STREAMS)[:STREAMS], tokens=64)
     await streams.under_way(10)
     holding = cluster.holders.holders
     await until(lambda: "kvstore-0" in dict(holding()), "the store holds something")
@@ -251,7 +254,7 @@ async def test_redis_forgets_everything(cluster: Cluster, redis_url: str) -> Non
     async with redis.asyncio.Redis.from_url(redis_url) as client:
         await client.flushall()
     flushed_s = time.monotonic()
-    arriving = Streams(cluster, cluster.prompts[0], tokens=40)
+    arriving = Streams(cluster, cluster.prompts[0], tokens=24)
     holders = Holders()
     async with (
         RegistryView(stack.settings) as registry,  # of somebody who comes now, and knows nothing of what was before
