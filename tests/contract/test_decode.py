@@ -24,6 +24,7 @@ from zipserve.common.kv.layout import SlabKind
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.status import client_errors, from_rpc_error
 from zipserve.common.sampling import Sampling
+from zipserve.common.transfer import held_lease as held_lease_module
 from zipserve.common.transfer import puller as puller_module
 from zipserve.common.transfer.held_lease import HeldLease
 from zipserve.common.transfer.source import KvSource
@@ -594,7 +595,7 @@ async def test_a_lease_that_expires_during_the_read(
     cluster_workers: Workers, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a reader that has fallen silent."""
-    monkeypatch.setattr(puller_module, "_RENEWALS_PER_TTL", 0.001)
+    monkeypatch.setattr(held_lease_module, "_RENEWALS_PER_TTL", 0.001)
     pair = await cluster_workers.pair(fabric.open, prefill={"lease_ttl_s": 0.3})
 
     async def wait() -> None:
@@ -645,7 +646,8 @@ async def test_a_peer_that_falls_silent_during_the_read(
     cluster_workers: Workers, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It neither delivers nor answers; the request's own deadline is far away."""
-    monkeypatch.setattr(puller_module, "_RPC_TIMEOUT_S", 0.2)
+    for module in (held_lease_module, puller_module):
+        monkeypatch.setattr(module, "_RPC_TIMEOUT_S", 0.2)
     silent = asyncio.Event()
 
     async def hang_when_silent() -> None:
@@ -674,7 +676,8 @@ async def test_a_peer_that_does_not_answer_is_lost_and_no_deadline_has_passed(
     method: str, message: str, cluster_workers: Workers, fabric: Fabric, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The router replays after the one, and gives up after the other."""
-    monkeypatch.setattr(puller_module, "_RPC_TIMEOUT_S", 0.2)
+    for module in (held_lease_module, puller_module):
+        monkeypatch.setattr(module, "_RPC_TIMEOUT_S", 0.2)
     before(monkeypatch, method, _waiter(asyncio.Event()))
     pair = await cluster_workers.pair(fabric.open)
     raised = await pair.decode.refused(await pair.prefill.compute(40), errors.TransferError)

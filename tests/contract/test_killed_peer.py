@@ -20,7 +20,7 @@ from workers import BLOCK, Decode, claims_of, prompt, workers
 from zipserve.common import errors
 from zipserve.common.registry import WorkerRecord
 from zipserve.common.rpc.status import client_errors
-from zipserve.common.transfer import puller
+from zipserve.common.transfer import held_lease, puller
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
 from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceStub
 
@@ -126,7 +126,8 @@ async def fails_soon(decode: Decode, prefilled: PrefillResponse, within_s: float
 async def test_killed_stopped_and_started_again(
     tiny_model: Path, redis_url: str, cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(puller, "_RPC_TIMEOUT_S", 2.0)  # for the hang at the end; what is killed must not need it
+    for module in (held_lease, puller):
+        monkeypatch.setattr(module, "_RPC_TIMEOUT_S", 2.0)  # for the hang at the end; what is killed must not need it
     async with workers(tiny_model, redis_url, cluster) as started:
         decode = await started.decode()
         async with prefill_process(decode, tiny_model, tmp_path / "first.log") as first:
