@@ -331,3 +331,20 @@ async def test_a_prompt_computed_on_a_decode_worker_takes_what_others_have(
     tokens = [token for event in events for token in event.tokens.token_ids]
     assert Oracle(tiny_model).first_wrong(token_ids, tokens) is None
     assert computed.cached_tokens == 5 * BLOCK
+
+
+async def test_one_prefill_feeds_many_decode_workers(cluster_workers: Workers, tiny_model: Path) -> None:
+    """Each reads the same slabs under a lease of its own; they are free when the last one has ended."""
+    fabric, token_ids = Fabric(), prompt(TOKENS)
+    prefill = await cluster_workers.prefill(fabric.open)
+    decodes = [await cluster_workers.decode(fabric.open, worker_id=f"decode-{i}") for i in range(3)]
+    answers = [await prefill.compute(token_ids) for _ in decodes]
+    slabs = [[ref.slab for ref in claims_of(a.handle).refs if ref.kind == SLAB_KIND_BLOCK] for a in answers]
+    assert slabs[0] == slabs[1] == slabs[2]
+    assert prefill.service.load().leases == 3
+    free = prefill.service.scheduler.pools.blocks.free
+    oracle = Oracle(tiny_model)
+    tokens = await asyncio.gather(*(d.tokens(a, 8) for d, a in zip(decodes, answers, strict=True)))
+    assert all(oracle.first_wrong(token_ids, [answers[0].token_id, *some]) is None for some in tokens)
+    assert prefill.service.load().leases == 0
+    assert prefill.service.scheduler.pools.blocks.free == free, "the index goes on holding them"
