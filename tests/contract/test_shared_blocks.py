@@ -238,6 +238,28 @@ async def test_what_was_generated_is_found_by_the_next_turn(cluster_workers: Wor
     give_up(other, again)
 
 
+async def test_what_was_generated_after_the_same_prompt_is_all_found(
+    cluster_workers: Workers, tiny_model: Path
+) -> None:
+    """Also of sequences that come at once, each with blocks of its own for what they share."""
+    pair, oracle = await cluster_workers.pair(Fabric().open), Oracle(tiny_model)
+    base = prompt(3 * BLOCK)
+    prompts = [base + prompt(5, salt=salt) for salt in range(1, 4)]
+    prefilled = [await pair.prefill.compute(token_ids) for token_ids in prompts]
+    answers = await asyncio.gather(
+        *(
+            pair.decode.tokens(answer, 3 * BLOCK, past_token_ids=token_ids)
+            for answer, token_ids in zip(prefilled, prompts, strict=True)
+        )
+    )
+    index = pair.decode.service.scheduler.index
+    for token_ids, first, answer in zip(prompts, prefilled, answers, strict=True):
+        tokens = [first.token_id, *answer]
+        assert oracle.first_wrong(token_ids, tokens) is None
+        names = names_of(pair.decode, [*token_ids, *tokens][:-1])  # the last token was never computed
+        assert len(index.find(names)) == len(names) == 6
+
+
 async def test_a_decode_worker_reads_only_what_it_lacks(cluster_workers: Workers, tiny_model: Path) -> None:
     pair = await cluster_workers.pair(Fabric().open)
     token_ids, oracle = prompt(TOKENS), Oracle(tiny_model)

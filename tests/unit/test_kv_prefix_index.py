@@ -101,8 +101,8 @@ class IndexMachine(RuleBasedStateMachine):
         assert set(self.evicted).isdisjoint(names[: len(run)])
         self.sequences.append(Sequence(path, run, slabs))
 
-    @rule(data=st.data())
-    def publish(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), joins=st.booleans())
+    def publish(self, data: st.DataObject, joins: bool) -> None:
         growing = [sequence for sequence in self.sequences if len(sequence.run) < len(sequence.path)]
         if not growing:
             return
@@ -122,6 +122,14 @@ class IndexMachine(RuleBasedStateMachine):
         else:
             assert len(sequence.run) == block
             assert is_known or is_gone or len(self.index) == self.blocks_max
+            if joins and self.index.join(sequence.run, name, sequence.slabs):
+                assert is_known
+                assert not is_gone
+                assert sequence.run[-1] is self.index._blocks[name]
+                assert sequence.slabs.of_block(block) == list(sequence.run[-1].slabs)
+            elif joins:
+                assert not is_known or is_gone
+                assert len(sequence.run) == block
 
     @rule(data=st.data())
     def go(self, data: st.DataObject) -> None:

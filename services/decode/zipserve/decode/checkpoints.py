@@ -73,11 +73,16 @@ class Checkpoints:
         stream.filling = []
 
     def publish(self, stream: Stream) -> None:
-        """Lets others find what was sealed, as long as all before it is found here in the sequence's own slabs."""
-        run = stream.ticket.run
+        """Lets others find what was sealed, as long as all before it is found here in the sequence's own slabs.
+
+        Sequences that begin alike may come at once, each with all of its blocks. Those of the first are then those of
+        the others too, so that what these generate is found as well. They were not there when the others looked for
+        them, and so are as new as their own, and were verified as lately.
+        """
+        ticket, run = stream.ticket, stream.ticket.run
         for block, name, refs in stream.sealed:
-            if block == len(run):
-                self._index.extend(run, name, refs)
+            if block == len(run) and not self._index.extend(run, name, refs) and block < len(ticket.names):
+                self._index.join(run, name, ticket.slabs)
         stream.sealed = []
 
     def _filling(self, stream: Stream, block: int, name: bytes) -> Filling:

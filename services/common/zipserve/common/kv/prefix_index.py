@@ -121,6 +121,26 @@ class PrefixIndex:
         self.on_added(block)
         return True
 
+    def join(self, run: list[CachedBlock], name: bytes, held: Slabs) -> bool:
+        """Lets a sequence that has a block of its own behind a run go on from the one that is here, and adds it to the
+        run: its slabs take the places of the own ones, which are given back. Nothing happens, and False is returned,
+        when the block is not here behind the run.
+
+        Args:
+            held: what the sequence holds.
+        """
+        block = self._blocks.get(name)
+        if block is None or block.parent is not (run[-1] if run else None):
+            return False
+        own, shared = Slabs(), self.hold([block])
+        for kind, slab in shared:
+            place = len(run) if kind is SlabKind.BLOCK else 0
+            own.of(kind).append(held.of(kind)[place])
+            held.of(kind)[place] = slab
+        self.pools.give_back(own)
+        run.append(block)
+        return True
+
     def make_room(self, missing: Mapping[SlabKind, int]) -> None:
         """Evicts until so many slabs of each kind are free; no more are missing than are available."""
         victims = self._victims()
