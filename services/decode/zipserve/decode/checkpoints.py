@@ -75,9 +75,9 @@ class Checkpoints:
     def publish(self, stream: Stream) -> None:
         """Lets others find what was sealed, as long as all before it is found here in the sequence's own slabs.
 
-        Sequences that begin alike may come at once, each with all of its blocks. The first one's are then those of the
-        others too, so that what these generate is found as well. They were not there when the others looked for them,
-        so that they are as new, and were verified as lately, as their own.
+        Sequences that begin alike may come at once, each with all of its blocks. Those of the first are then those of
+        the others too, so that what these generate is found as well. They were not there when the others looked for
+        them, and so are as new as their own, and were verified as lately.
         """
         ticket, run = stream.ticket, stream.ticket.run
         for block, name, refs in stream.sealed:
