@@ -79,11 +79,11 @@ class Source:
         """See `Requests.issue`."""
         return KvHandle.FromString(base64.b64decode(await self._ask("issue", sequence)))
 
-    async def poll(self) -> None:
+    async def poll(self, pause_s: float) -> None:
         """Lets it do nothing but `RawSource.poll_until_asked`, until it is asked for something else."""
-        await self._ask("poll")
+        await self._ask("poll", pause_s)
 
-    async def _ask(self, name: str, *arguments: int) -> Any:
+    async def _ask(self, name: str, *arguments: float) -> Any:
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps([name, arguments]).encode() + b"\n")
         return await self._answer()

@@ -1,4 +1,7 @@
-"""NIXL without us, the control: a bare agent on each side, polled as tightly as Python can."""
+"""NIXL without us, the control: a bare agent on each side, polled as tightly as Python can, or with pauses.
+
+Where the kernel does a part of the work, as it does for TCP, tight polling takes from it the core that it needs.
+"""
 
 import select
 import time
@@ -26,9 +29,9 @@ class RawSource:
         self._agent = open_agent("raw-source", arenas)
         self.metadata: bytes = self._agent.get_agent_metadata()
 
-    def poll_until_asked(self, requests: int) -> None:
-        """Polls without a pause until there is something to read from a file descriptor."""
-        while not select.select([requests], [], [], 0)[0]:
+    def poll_until_asked(self, requests: int, pause_s: float) -> None:
+        """Polls until there is something to read from a file descriptor."""
+        while not select.select([requests], [], [], pause_s)[0]:
             self._agent.get_new_notifs()
 
 
@@ -44,7 +47,7 @@ class RawReader:
         self._peer = self._agent.add_remote_agent(metadata)
         self._agent.make_connection(self._peer)
 
-    def read(self, ranges: list[Range]) -> float:
+    def read(self, ranges: list[Range], pause_s: float) -> float:
         """Reads all ranges as one READ.
 
         Returns:
@@ -62,6 +65,8 @@ class RawReader:
         )
         state = agent.transfer(handle)
         while state == "PROC":
+            if pause_s:
+                time.sleep(pause_s)
             state = agent.check_xfer_state(handle)
         seconds = time.perf_counter() - started
         with suppress(Exception):

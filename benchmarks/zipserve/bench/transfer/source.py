@@ -92,7 +92,7 @@ async def main(layout: Layout, capacity: Capacity) -> None:
             name, arguments = json.loads(line)
             if name == "poll":
                 answer(None)
-                raw.poll_until_asked(sys.stdin.fileno())
+                raw.poll_until_asked(sys.stdin.fileno(), *arguments)
             else:
                 answer(getattr(requests, name)(*arguments))
     finally:
