@@ -14,6 +14,7 @@ from typing import TypeVar
 from zipserve.bench import rows
 from zipserve.bench.prefix.client import Answer, Client
 from zipserve.bench.stack import Stack
+from zipserve.common.errors import InternalError
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.v1.inference_service_pb2 import ChatMessage
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
@@ -164,6 +165,8 @@ def pressure(
 
             async def ask(client: Client) -> None:
                 prompts = [rows.prompt(vocab_tokens, 2 * block_tokens + 20, seed=i) for i in range(size.prompts)]
+                await client.complete(prompts[0], 1, cache_salt="nobody")
+                await _until_open(port)
                 found.first = [await client.complete(prompt, 2) for prompt in prompts]
                 for number, prompt in zip(count(), prompts, strict=False):
                     found.again.append(await client.complete(prompt, 2))
@@ -180,6 +183,19 @@ def _with_client(address: str, ask: Callable[[Client], Awaitable[T]]) -> T:
             return await ask(Client(InferenceServiceStub(channels.get(address))))
 
     return asyncio.run(run())
+
+
+async def _until_open(port: int) -> None:
+    """Returns when the store has fetched something: it learns from the first worker what a block is.
+
+    Raises:
+        InternalError: it has not in a minute.
+    """
+    for _ in range(600):
+        if await asyncio.to_thread(_metric, port, "zipserve_kv_prefix_blocks_fetched_total"):
+            return
+        await asyncio.sleep(0.1)
+    raise InternalError("the store has fetched nothing in a minute")
 
 
 def _metric(port: int, name: str) -> float:
