@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from zipserve.common.errors import LayoutMismatchError
 from zipserve.common.kv import layout as layouts
 from zipserve.common.kv.layout import CODECS, HEADER_BYTES, SLAB_ALIGNMENT_BYTES, Layout, SlabKind
+from zipserve.common.kv.refs import layout_of, message_of
 from zipserve.v1.kv_pb2 import KvLayout
 
 BASE = Layout(
@@ -140,11 +141,11 @@ def test_blocks_for(layout: Layout, tokens: int) -> None:
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_layout_travels(codec: str) -> None:
     layout = Layout("m", "r" * 64, 2, 3, 64, 64, "float32", codec, block_tokens=64, rank=1, ranks=2)
-    assert Layout.from_proto(KvLayout.FromString(layout.to_proto().SerializeToString())) == layout
+    assert layout_of(KvLayout.FromString(message_of(layout).SerializeToString())) == layout
 
 
 def test_a_layout_that_nobody_knows_is_refused() -> None:
-    message = Layout("m", "r", 2, 3, 64, 64, "float32").to_proto()
+    message = message_of(Layout("m", "r", 2, 3, 64, 64, "float32"))
     message.codec = "zip-9/9"
     with pytest.raises(LayoutMismatchError, match="zip-9/9"):
-        Layout.from_proto(message)
+        layout_of(message)

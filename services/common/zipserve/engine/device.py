@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from zipserve.common import __version__, log, models
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, Layout, SlabKind
+from zipserve.common.kv.refs import message_of
 from zipserve.common.settings import ServiceSettings
 from zipserve.common.transport import ArenaInfo
 from zipserve.engine.cache import KvCache
@@ -134,7 +135,7 @@ class Device:
             layout_description=self.layout.description,
             block_tokens=self.layout.block_tokens,
             version=__version__,
-            layout=self.layout.to_proto(),
+            layout=message_of(self.layout),
         )
 
     @property

@@ -17,6 +17,7 @@ from zipserve.common.kv.holders import HolderKey
 from zipserve.common.kv.layout import Layout, SlabKind
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
+from zipserve.common.kv.refs import layout_of, message_of
 from zipserve.common.kv.seals import Seals
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.peers import Peers
@@ -110,7 +111,7 @@ class KvStoreService:
             for record in [record for role in _READS_FROM for record in self.peers.registry.workers(role)]:
                 facts = record.capabilities
                 try:
-                    layout = Layout.from_proto(facts.layout)
+                    layout = layout_of(facts.layout)
                 except LayoutMismatchError as error:
                     _log.warning("layout.unknown", peer=record.worker_id, error=error.message)
                     continue
@@ -131,7 +132,7 @@ class KvStoreService:
         disk = await asyncio.to_thread(self._open_disk, layout)
         store = self.store = Store(PrefixIndex(pools), seals, self._incarnation, disk, self.metrics)
         await self.peers.join(store, arenas.arenas, on_added=self._heard_of)
-        self._capabilities.layout.CopyFrom(layout.to_proto())
+        self._capabilities.layout.CopyFrom(message_of(layout))
         self._capabilities.readable_layouts.append(layout.fingerprint)
         self._capabilities.layout_description = layout.description
         self._capabilities.block_tokens = layout.block_tokens

@@ -7,15 +7,13 @@ and stores derive from here; those inside a zipped layer from `zipserve.kernels.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from functools import cached_property
 from math import prod
-from typing import Self
 
 from zipserve.common.errors import LayoutMismatchError
 from zipserve.kernels.zipformat import FORMAT_VERSION, PROFILES, SINK_TOKENS, ZipFormat
-from zipserve.v1.kv_pb2 import KvLayout
 
 LAYOUT_VERSION = 2
 HEADER_BYTES = 128
@@ -99,19 +97,6 @@ class Layout:
         """sha256 over all fields, and for zip codecs the version of their format; 32 bytes."""
         form = {"zip_format": FORMAT_VERSION} if self.zip_format else {}
         return hashlib.sha256(json.dumps({**asdict(self), **form}, sort_keys=True).encode()).digest()
-
-    def to_proto(self) -> KvLayout:
-        """As it travels."""
-        return KvLayout(**asdict(self))
-
-    @classmethod
-    def from_proto(cls, message: KvLayout) -> Self:
-        """As it has travelled.
-
-        Raises:
-            LayoutMismatchError: for what we do not know, as above.
-        """
-        return cls(**{field.name: getattr(message, field.name) for field in fields(cls)})
 
     @property
     def description(self) -> str:

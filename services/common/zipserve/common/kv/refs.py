@@ -1,7 +1,9 @@
-"""Slab identities as the references that handles carry, and back."""
+"""Slab identities as the references that handles carry, layouts as workers tell them, and back."""
+
+from dataclasses import asdict, fields
 
 from zipserve.common.kv.header import SHORT_HASH_BYTES, SlabIdentity
-from zipserve.common.kv.layout import HEADER_BYTES, SlabKind
+from zipserve.common.kv.layout import HEADER_BYTES, Layout, SlabKind
 from zipserve.v1 import kv_pb2
 
 
@@ -31,3 +33,17 @@ def identity_of(ref: kv_pb2.BlockRef, fingerprint: bytes, incarnation: int) -> S
         payload_bytes=ref.bytes - HEADER_BYTES,
         prefix_hash=ref.prefix_hash,
     )
+
+
+def message_of(layout: Layout) -> kv_pb2.KvLayout:
+    """A layout as it travels."""
+    return kv_pb2.KvLayout(**asdict(layout))
+
+
+def layout_of(message: kv_pb2.KvLayout) -> Layout:
+    """A layout that has travelled.
+
+    Raises:
+        LayoutMismatchError: it is none that we know.
+    """
+    return Layout(**{field.name: getattr(message, field.name) for field in fields(Layout)})
