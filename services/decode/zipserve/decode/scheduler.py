@@ -159,8 +159,9 @@ class DecodeScheduler(Generic[T]):
             self._move(fork, Place.ADMITTED)
 
     def start(self, ticket: Ticket[T]) -> None:
-        """An admitted sequence has its KV and joins the batch."""
+        """An admitted sequence has its KV and joins the batch. Blocks that it shares may be what others wait for."""
         self._move(ticket, Place.RUNNING)
+        self._admit()
 
     def leave(self, ticket: Ticket[T]) -> None:
         """Frees all that a sequence holds, wherever it is; nothing happens when it has left."""
