@@ -2,6 +2,7 @@
 
     ZipserveError
     ├── InvalidRequestError          INVALID_ARGUMENT     the request can never succeed as it is
+    ├── UnauthenticatedError         UNAUTHENTICATED      the key is missing or unknown
     ├── ModelNotFoundError           NOT_FOUND
     ├── OverloadedError              RESOURCE_EXHAUSTED   come back after retry_after_s
     ├── DeadlineError                DEADLINE_EXCEEDED
@@ -54,6 +55,13 @@ class InvalidRequestError(ZipserveError):
     def __init__(self, message: str, *, field: str = "", **metadata: str) -> None:
         super().__init__(message, field=field, **metadata)
         self.field = field
+
+
+class UnauthenticatedError(ZipserveError):
+    """The key of a request is missing or unknown."""
+
+    reason = "UNAUTHENTICATED"
+    code = "UNAUTHENTICATED"
 
 
 class ModelNotFoundError(ZipserveError):
