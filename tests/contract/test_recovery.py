@@ -40,6 +40,10 @@ def swap(prefill: Prefill) -> None:
 
 
 def free(prefill: Prefill) -> None:
+    prefill.free_lent(held(prefill)[0])
+
+
+def end(prefill: Prefill) -> None:
     prefill.service.source.release(held(prefill)[0])
 
 
@@ -59,7 +63,7 @@ async def test_a_broken_handoff_is_prefilled_again(reason: str, tiny_model: Path
         async def break_once() -> None:
             if not broken:
                 broken.append(reason)
-                FAULTS.get(reason, free)(pair.prefill)
+                FAULTS.get(reason, end)(pair.prefill)
 
         if reason == "LEASE_EXPIRED":
             hooks.after = break_once

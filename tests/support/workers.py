@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from inprocess import SECRET, running
 from polling import until
 from zipserve.common import errors
+from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
@@ -146,6 +148,14 @@ class Prefill:
         token_ids = tokens if isinstance(tokens, list) else prompt(tokens)
         with client_errors():
             return await self.stub.Prefill(self.request(token_ids, **changes), timeout=timeout_s)
+
+    def free_lent(self, lease_id: bytes) -> None:
+        """Frees the slabs of a lease that lives on: a worker that is wrong about its slabs."""
+        source, now_s = self.service.source, time.monotonic()
+        lease, _ = source._leases.release(lease_id, now_s)
+        assert lease is not None
+        source.on_free(lease.resource)
+        source._leases.issue(lease_id, Slabs(), now_s)
 
     async def load(self) -> Load:
         """As GetCapabilities tells it."""

@@ -1,12 +1,14 @@
 """A reader's hold on the slabs of a peer: a lease that is renewed until they are read, or will not be."""
 
 import asyncio
+import time
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from zipserve.common import log, tracing
-from zipserve.common.errors import DeadlineError, LeaseExpiredError, WorkerLostError, ZipserveError
+from zipserve.common.errors import DeadlineError, HandoffError, LeaseExpiredError, WorkerLostError, ZipserveError
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_seconds
 from zipserve.common.rpc.status import client_errors
@@ -20,6 +22,8 @@ _log = log.get()
 _RPC_TIMEOUT_S = 5.0
 _LAST_TRY_TIMEOUT_S = 0.5
 _RENEWALS_PER_TTL = 3
+_FIRST_RENEWAL_S = 0.05
+"""Most leases are over before that, and spare both sides the call."""
 
 
 class HeldLease:
@@ -30,29 +34,37 @@ class HeldLease:
         self._claims = claims
         self._metadata = tracing.outgoing(request_id)
         self._released = False
-        self._confirmed = asyncio.Event()
         puller.note_held(self)
         self._lost = asyncio.create_task(self._keep(), name="lease-heartbeat")
         """Ends with the error that ended the lease."""
 
     async def pull(self, local_slabs: Sequence[int | None], deadline: Deadline) -> "PullStats":
-        """Reads and verifies all slabs that are wanted, then releases the lease; see `KvPuller.pull`.
+        """Reads and verifies all slabs that are wanted, and releases the lease; see `KvPuller.read` and `verify`.
+
+        Whether the lease was alive when the read had ended is the answer to its release; until then nothing counts.
 
         Raises:
             LeaseExpiredError: it was not alive before, or not any more after the read; what was read is void.
-            HandoffError, WorkerLostError, DeadlineError: see `KvPuller.pull`.
+            HandoffError, WorkerLostError, DeadlineError: see `KvPuller`.
         """
+        stats = await self.while_alive(self._puller.read(self._claims, local_slabs, deadline))
+        releasing = asyncio.create_task(self._release(deadline.remaining_s(_RPC_TIMEOUT_S)), name="lease-release")
+        started_s = time.monotonic()
+        wrong: HandoffError | None = None
         try:
-            async with asyncio.timeout(deadline.remaining_s()):
-                await self._confirmed.wait()
-        except TimeoutError as error:
-            raise DeadlineError("the deadline passed while a lease was to be confirmed") from error
-        if self._lost.done():
-            self._lost.result()
-        stats = await self.while_alive(self._puller.pull(self._claims, local_slabs, deadline))
-        if not await self._release(deadline.remaining_s(_RPC_TIMEOUT_S)):
-            raise LeaseExpiredError(f"the lease of {self._claims.worker_id} expired during the read")
-        return stats
+            try:
+                await self._puller.verify(self._claims, local_slabs)
+            except HandoffError as error:
+                wrong = error
+            verify_s = time.monotonic() - started_s
+            was_alive = await releasing
+        finally:
+            releasing.cancel()  # when the caller goes away; `close` tries again
+        if not was_alive:
+            raise LeaseExpiredError(f"the lease of {self._claims.worker_id} expired during the read") from wrong
+        if wrong is not None:
+            raise wrong
+        return replace(stats, verify_s=verify_s)
 
     async def close(self) -> None:
         """Stops renewing; releases the lease unless that has happened."""
@@ -105,6 +117,7 @@ class HeldLease:
         ttl_s = to_seconds(self._claims.lease_ttl)
         request = kv_transfer_service_pb2.RenewLeasesRequest(lease_ids=[self._claims.lease_id])
         try:
+            await asyncio.sleep(min(_FIRST_RENEWAL_S, ttl_s / _RENEWALS_PER_TTL))
             while True:
                 stub = await self._puller.stub(self._claims.worker_id, self._claims.incarnation)
                 with client_errors():
@@ -113,9 +126,6 @@ class HeldLease:
                     )
                 if answer.lost_lease_ids:
                     raise LeaseExpiredError(f"the lease of {self._claims.worker_id} has expired")
-                self._confirmed.set()
                 await asyncio.sleep(ttl_s / _RENEWALS_PER_TTL)
         except DeadlineError as error:  # of the renewal, not of the request
             raise WorkerLostError(f"worker {self._claims.worker_id} does not answer") from error
-        finally:
-            self._confirmed.set()

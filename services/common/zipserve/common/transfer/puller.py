@@ -160,8 +160,8 @@ class KvPuller:
                 with suppress(ZipserveError):
                     await self._connect(record.worker_id, record.incarnation, _RPC_TIMEOUT_S)
 
-    async def pull(self, claims: kv_pb2.KvClaims, local_slabs: SequenceOf[int | None], deadline: Deadline) -> PullStats:
-        """Reads the slabs of `claims.refs` into local slabs of the same kinds, in order, and verifies each.
+    async def read(self, claims: kv_pb2.KvClaims, local_slabs: SequenceOf[int | None], deadline: Deadline) -> PullStats:
+        """Reads the slabs of `claims.refs` into local slabs of the same kinds, in order. Verifies nothing.
 
         Args:
             local_slabs: one for each reference; None: it is not to be read.
@@ -174,7 +174,7 @@ class KvPuller:
         except WorkerLostError:
             deadline.remaining_s()  # when it has passed meanwhile, then that is the reason
             raise
-        wanted = [(ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True) if slab is not None]
+        wanted = _wanted(claims, local_slabs)
         if not wanted:
             return PullStats(0, 0, 0.0, 0.0)
         ranges = [self._range(peer, ref, slab) for ref, slab in wanted]
@@ -189,9 +189,16 @@ class KvPuller:
         read_s = time.monotonic()
         self._metrics.transfer_bytes.inc(size_bytes)
         self._metrics.transfer_seconds.observe(read_s - started_s)
-        await asyncio.to_thread(self._verify, claims, wanted)
         blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref, _ in wanted)
-        return PullStats(size_bytes, blocks, read_s - started_s, time.monotonic() - read_s)
+        return PullStats(size_bytes, blocks, read_s - started_s, 0.0)
+
+    async def verify(self, claims: kv_pb2.KvClaims, local_slabs: SequenceOf[int | None]) -> None:
+        """Compares what was read with the claims.
+
+        Raises:
+            HandoffError: of the class that tells what was wrong.
+        """
+        await asyncio.to_thread(self._verify, claims, _wanted(claims, local_slabs))
 
     async def stub(self, worker_id: str, incarnation: int) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
         """The KvTransferService of one life of a worker.
@@ -291,6 +298,10 @@ class KvPuller:
                 f"the handle is of incarnation {incarnation:016x} of {worker_id}, now {record.incarnation:016x}"
             )
         return record
+
+
+def _wanted(claims: kv_pb2.KvClaims, local_slabs: SequenceOf[int | None]) -> list[tuple[kv_pb2.BlockRef, int]]:
+    return [(ref, slab) for ref, slab in zip(claims.refs, local_slabs, strict=True) if slab is not None]
 
 
 def _arena(message: kv_transfer_service_pb2.Arena) -> ArenaInfo:

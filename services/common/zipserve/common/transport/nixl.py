@@ -12,10 +12,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, TransferError, ZipserveError
@@ -32,6 +31,32 @@ _MOVING_S = 0.0001
 """A poll that computes for so long has moved bytes."""
 _GRACE_S = 0.5
 T = TypeVar("T")
+
+
+class _Answer(Generic[T]):
+    """What the event loop waits for and the thread settles, at most once. Create it in the event loop.
+
+    A concurrent Future wrapped for asyncio would do the same through two more turns of the loop.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] = self._loop.create_future()
+        self.settled = False
+
+    def give(self, value: T) -> None:
+        self._settle(self.future.set_result, value)
+
+    def fail(self, error: BaseException) -> None:
+        self._settle(self.future.set_exception, error)
+
+    def _settle(self, settle: Callable[[Any], None], value: object) -> None:
+        self.settled = True
+        self._loop.call_soon_threadsafe(self._settle_in_loop, settle, value)
+
+    def _settle_in_loop(self, settle: Callable[[Any], None], value: object) -> None:
+        if not self.future.done():  # nobody waits any more
+            settle(value)
 
 
 class _Agent:
@@ -76,7 +101,7 @@ class _Read:
     ranges: list[Range]
     memory_types: tuple[str, str]
     deadline_s: float
-    done: "Future[int]" = field(default_factory=Future)
+    answer: _Answer[int]
     handle: Any = None
 
     def release(self) -> None:
@@ -129,9 +154,9 @@ class NixlTransport:
 
     async def read(self, peer: str, ranges: list[Range], memory_types: tuple[str, str], timeout_s: float) -> int:
         self._check_open()
-        read = _Read(peer, ranges, memory_types, time.monotonic() + timeout_s)
+        read = _Read(peer, ranges, memory_types, time.monotonic() + timeout_s, _Answer())
         self._inbox.put(lambda: self._post(read))
-        waiting = asyncio.wrap_future(read.done)
+        waiting = read.answer.future
         try:
             return await asyncio.shield(waiting)
         except asyncio.CancelledError:
@@ -152,18 +177,18 @@ class NixlTransport:
 
     async def _in_thread(self, action: Callable[[], T]) -> T:
         self._check_open()
-        done: Future[T] = Future()
+        answer = _Answer[T]()
 
         def act() -> None:
-            if not done.set_running_or_notify_cancel():
+            if answer.future.cancelled():
                 return  # nobody waits any more
             try:
-                done.set_result(action())
+                answer.give(action())
             except Exception as error:  # noqa: BLE001
-                done.set_exception(error)
+                answer.fail(error)
 
         self._inbox.put(act)
-        return await asyncio.wrap_future(done)
+        return await answer.future
 
     # Everything below runs in the transport's thread.
 
@@ -178,7 +203,7 @@ class NixlTransport:
                 for agent in self._peers.values():
                     agent.progress()
             for read in self._reads[:]:
-                if not read.done.done():  # another one of the same peer may have ended it
+                if not read.answer.settled:  # another one of the same peer may have ended it
                     self._poll(read)
             if time.thread_time() - started_s > _MOVING_S:
                 self._enliven()
@@ -214,7 +239,7 @@ class NixlTransport:
     def _post(self, read: _Read) -> None:
         agent = self._peers.get(read.peer)
         if agent is None:
-            read.done.set_exception(TransferError(f"{read.peer} is not connected"))
+            read.answer.fail(TransferError(f"{read.peer} is not connected"))
             return
         self._reads.append(read)
         try:
@@ -257,7 +282,7 @@ class NixlTransport:
             self._drop(read.peer, TransferError(f"NIXL cannot say what it read from {read.peer}: {lost!r}"))
             return
         self._reads.remove(read)
-        read.done.set_result(moved_bytes)  # first: what follows is done while the event loop wakes up
+        read.answer.give(moved_bytes)  # first: what follows is done while the event loop wakes up
         read.release()
 
     def _drop(self, peer: str, error: ZipserveError) -> None:
@@ -276,7 +301,7 @@ class NixlTransport:
         agent.close()
         for read in ended:
             late = DeadlineError(f"{peer} did not deliver {len(read.ranges)} slabs in time")
-            read.done.set_exception(late if time.monotonic() >= read.deadline_s else error)
+            read.answer.fail(late if time.monotonic() >= read.deadline_s else error)
 
 
 async def _uncancelled(waiting: "asyncio.Future[int]") -> None:
