@@ -9,48 +9,16 @@ import pytest
 from memory_transport import Fabric
 from oracle import Oracle
 from polling import until
-from workers import BLOCK, Decode, Prefill, Workers, claims_of, failures, prompt, value
+from shared_blocks import fetches, give_up, knows, names_of, two
+from workers import BLOCK, Workers, claims_of, failures, prompt, value
 from zipserve.common.errors import BlockCorruptError, InvalidRequestError
 from zipserve.common.kv.layout import SlabKind
-from zipserve.common.kv.prefix import chain_salt, prefix_hashes
 from zipserve.v1.kv_pb2 import SLAB_KIND_BLOCK
 from zipserve.v1.kv_store_service_pb2 import LookupRequest
 from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceStub
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
 
 TOKENS = 5 * BLOCK + 7
-
-
-def names_of(worker: Prefill | Decode, token_ids: list[int], salt: str = "") -> list[bytes]:
-    layout = worker.service.device.layout
-    full = len(token_ids) // layout.block_tokens * layout.block_tokens
-    return prefix_hashes(token_ids[:full], layout.block_tokens, chain_salt(layout.fingerprint, salt))
-
-
-async def knows(worker: Prefill, other: Prefill | Decode, token_ids: list[int], blocks: int, salt: str = "") -> None:
-    """Returns when a worker knows that another one holds so many blocks of a sequence."""
-    names = names_of(other, token_ids, salt)
-    key = other.settings.worker_id, other.service.device.incarnation
-    await until(
-        lambda: worker.service.peers.holders.runs(names).get(key, 0) == blocks, f"{key[0]} holds {blocks} blocks"
-    )
-
-
-def give_up(worker: Prefill, *answers: PrefillResponse) -> None:
-    for answer in answers:
-        worker.service.source.release_handle(answer.handle)
-
-
-def fetches(worker: Prefill) -> dict[str, float]:
-    kinds = ("fetched", "missed", "failed")
-    found = {k: value(worker.service.metrics, "zipserve_kv_prefix_fetches_total", outcome=k) for k in kinds}
-    return {kind: count for kind, count in found.items() if count}
-
-
-async def two(workers: Workers, **settings: Any) -> tuple[Prefill, Prefill]:
-    fabric = Fabric()
-    first = await workers.prefill(fabric.open, worker_id="prefill-a", **settings)
-    return first, await workers.prefill(fabric.open, worker_id="prefill-b", **settings)
 
 
 @pytest.mark.parametrize("codec", ["raw", "zip-4/32"])
