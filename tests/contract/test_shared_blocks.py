@@ -11,7 +11,7 @@ from oracle import Oracle
 from polling import until
 from shared_blocks import fetches, give_up, knows, names_of, two
 from workers import BLOCK, Workers, claims_of, failures, prompt, value
-from zipserve.common.errors import BlockCorruptError, InvalidRequestError
+from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import SlabKind
 from zipserve.v1.kv_pb2 import SLAB_KIND_BLOCK
 from zipserve.v1.kv_store_service_pb2 import LookupRequest
@@ -239,7 +239,9 @@ async def test_a_decode_worker_reads_only_what_it_lacks(cluster_workers: Workers
         assert oracle.first_wrong(token_ids, [prefilled.token_id, *tokens]) is None
 
 
-async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(cluster_workers: Workers) -> None:
+async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(
+    cluster_workers: Workers, tiny_model: Path
+) -> None:
     pair = await cluster_workers.pair(Fabric().open)
     token_ids = prompt(TOKENS)
     prefilled = await pair.prefill.compute(token_ids)
@@ -248,11 +250,12 @@ async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(cluster
     spoilt = index.find(names_of(pair.decode, token_ids))[2].refs[0]
     pair.decode.service.device.slab_view(SlabKind.BLOCK, spoilt.slab)[500] ^= 1
     prefilled = await pair.prefill.compute(token_ids)
-    await pair.decode.refused(prefilled, BlockCorruptError, past_token_ids=token_ids)
-    assert len(index.find(names_of(pair.decode, token_ids))) == 2
-    prefilled = await pair.prefill.compute(token_ids)
     events = await pair.decode.events(prefilled, 4, past_token_ids=token_ids)
-    assert events[0].pulled.blocks == 3
+    assert events[0].pulled.blocks == 3, "what it has no more"
+    tokens = [token for event in events for token in event.tokens.token_ids]
+    assert Oracle(tiny_model).first_wrong(token_ids, [prefilled.token_id, *tokens]) is None
+    assert failures(pair.decode.service.metrics) == {"BLOCK_CORRUPT": 1}
+    assert len(index.find(names_of(pair.decode, token_ids))) == 5
 
 
 async def test_names_that_are_not_those_of_the_handle_are_refused(cluster_workers: Workers) -> None:
@@ -274,7 +277,10 @@ async def test_a_prompt_computed_on_a_decode_worker_reuses_what_is_there(
 ) -> None:
     decode = await cluster_workers.decode(Fabric().open)
     token_ids, oracle = prompt(TOKENS), Oracle(tiny_model)
-    for cached in (0, 5 * BLOCK):
+    for cached in (0, 5 * BLOCK, 2 * BLOCK):
+        if cached == 2 * BLOCK:  # the third block is not what it was
+            spoilt = decode.service.scheduler.index.find(names_of(decode, token_ids))[2].refs[0]
+            decode.service.device.slab_view(SlabKind.BLOCK, spoilt.slab)[500] ^= 1
         request = decode.request(PrefillResponse(), 4, prompt_token_ids=token_ids)
         request.ClearField("handle")
         events = [event async for event in decode.stub.Decode(request, timeout=20)]
