@@ -95,7 +95,7 @@ async def test_a_failing_copy_fails_its_own_sequence_only(pair: Pair, monkeypatc
     def fail(*_: object) -> None:
         raise MemoryError("out of luck")
 
-    monkeypatch.setattr("zipserve.decode.worker.park", fail)
+    monkeypatch.setattr("zipserve.decode.batch.park", fail)
     prefilled = [await pair.prefill.compute(20) for _ in range(2)]
     results = await asyncio.gather(*(pair.decode.events(one, NEW) for one in prefilled), return_exceptions=True)
     assert sorted(type(result).__name__ for result in results) == ["UnavailableError", "list"]

@@ -9,48 +9,16 @@ import pytest
 from memory_transport import Fabric
 from oracle import Oracle
 from polling import until
-from workers import BLOCK, Decode, Prefill, Workers, claims_of, failures, prompt, value
-from zipserve.common.errors import BlockCorruptError, InvalidRequestError
+from shared_blocks import fetches, give_up, knows, names_of, two
+from workers import BLOCK, Workers, claims_of, failures, prompt, value
+from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import SlabKind
-from zipserve.common.kv.prefix import chain_salt, prefix_hashes
 from zipserve.v1.kv_pb2 import SLAB_KIND_BLOCK
 from zipserve.v1.kv_store_service_pb2 import LookupRequest
 from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceStub
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
 
 TOKENS = 5 * BLOCK + 7
-
-
-def names_of(worker: Prefill | Decode, token_ids: list[int], salt: str = "") -> list[bytes]:
-    layout = worker.service.device.layout
-    full = len(token_ids) // layout.block_tokens * layout.block_tokens
-    return prefix_hashes(token_ids[:full], layout.block_tokens, chain_salt(layout.fingerprint, salt))
-
-
-async def knows(worker: Prefill, other: Prefill | Decode, token_ids: list[int], blocks: int, salt: str = "") -> None:
-    """Returns when a worker knows that another one holds so many blocks of a sequence."""
-    names = names_of(other, token_ids, salt)
-    key = other.settings.worker_id, other.service.device.incarnation
-    await until(
-        lambda: worker.service.peers.holders.runs(names).get(key, 0) == blocks, f"{key[0]} holds {blocks} blocks"
-    )
-
-
-def give_up(worker: Prefill, *answers: PrefillResponse) -> None:
-    for answer in answers:
-        worker.service.source.release_handle(answer.handle)
-
-
-def fetches(worker: Prefill) -> dict[str, float]:
-    kinds = ("fetched", "missed", "failed")
-    found = {k: value(worker.service.metrics, "zipserve_kv_prefix_fetches_total", outcome=k) for k in kinds}
-    return {kind: count for kind, count in found.items() if count}
-
-
-async def two(workers: Workers, **settings: Any) -> tuple[Prefill, Prefill]:
-    fabric = Fabric()
-    first = await workers.prefill(fabric.open, worker_id="prefill-a", **settings)
-    return first, await workers.prefill(fabric.open, worker_id="prefill-b", **settings)
 
 
 @pytest.mark.parametrize("codec", ["raw", "zip-4/32"])
@@ -271,7 +239,9 @@ async def test_a_decode_worker_reads_only_what_it_lacks(cluster_workers: Workers
         assert oracle.first_wrong(token_ids, [prefilled.token_id, *tokens]) is None
 
 
-async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(cluster_workers: Workers) -> None:
+async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(
+    cluster_workers: Workers, tiny_model: Path
+) -> None:
     pair = await cluster_workers.pair(Fabric().open)
     token_ids = prompt(TOKENS)
     prefilled = await pair.prefill.compute(token_ids)
@@ -280,11 +250,12 @@ async def test_a_decode_worker_checks_what_it_has_before_it_builds_on_it(cluster
     spoilt = index.find(names_of(pair.decode, token_ids))[2].refs[0]
     pair.decode.service.device.slab_view(SlabKind.BLOCK, spoilt.slab)[500] ^= 1
     prefilled = await pair.prefill.compute(token_ids)
-    await pair.decode.refused(prefilled, BlockCorruptError, past_token_ids=token_ids)
-    assert len(index.find(names_of(pair.decode, token_ids))) == 2
-    prefilled = await pair.prefill.compute(token_ids)
     events = await pair.decode.events(prefilled, 4, past_token_ids=token_ids)
-    assert events[0].pulled.blocks == 3
+    assert events[0].pulled.blocks == 3, "what it has no more"
+    tokens = [token for event in events for token in event.tokens.token_ids]
+    assert Oracle(tiny_model).first_wrong(token_ids, [prefilled.token_id, *tokens]) is None
+    assert failures(pair.decode.service.metrics) == {"BLOCK_CORRUPT": 1}
+    assert len(index.find(names_of(pair.decode, token_ids))) == 5
 
 
 async def test_names_that_are_not_those_of_the_handle_are_refused(cluster_workers: Workers) -> None:
@@ -306,7 +277,10 @@ async def test_a_prompt_computed_on_a_decode_worker_reuses_what_is_there(
 ) -> None:
     decode = await cluster_workers.decode(Fabric().open)
     token_ids, oracle = prompt(TOKENS), Oracle(tiny_model)
-    for cached in (0, 5 * BLOCK):
+    for cached in (0, 5 * BLOCK, 2 * BLOCK):
+        if cached == 2 * BLOCK:  # the third block is not what it was
+            spoilt = decode.service.scheduler.index.find(names_of(decode, token_ids))[2].refs[0]
+            decode.service.device.slab_view(SlabKind.BLOCK, spoilt.slab)[500] ^= 1
         request = decode.request(PrefillResponse(), 4, prompt_token_ids=token_ids)
         request.ClearField("handle")
         events = [event async for event in decode.stub.Decode(request, timeout=20)]

@@ -65,9 +65,15 @@ class DecodeMachine(RuleBasedStateMachine):
         return [ticket for ticket in self.here if ticket.place in places]
 
     def _on_admitted(self, ticket: Ticket[int]) -> None:
-        line = self._at(Place.WAITING, Place.PARKED)
+        line = self._line()
         assert all(rank(ticket) < rank(other) for other in line if other is not ticket), "somebody was overtaken"
         assert self._missing(ticket) == [0, 0]
+        was_handed_over = ticket.place is Place.ADMITTED and ticket.tail_of % BLOCK > 0
+        assert len(ticket.slabs.tails) == was_handed_over
+
+    def _line(self) -> list[Ticket[int]]:
+        waiting = self._at(Place.WAITING)
+        return [*self._at(Place.PARKED), *(ticket for ticket in waiting if ticket.may_start)]
 
     def _missing(self, ticket: Ticket[int]) -> list[int]:
         missing = self.pools.missing(ticket.slabs, ticket.tokens)
@@ -80,8 +86,11 @@ class DecodeMachine(RuleBasedStateMachine):
         local=st.booleans(),
         forks=st.sampled_from([0, 0, 1, 3]),
         group=st.sampled_from([None, 0, 1]),
+        fetches=st.sampled_from([False, False, True]),
     )
-    def submit(self, pulled: int, new: int, priority: int, local: bool, forks: int, group: int | None) -> None:
+    def enter(
+        self, pulled: int, new: int, priority: int, local: bool, forks: int, group: int | None, fetches: bool
+    ) -> None:
         total = pulled + new
         tail_of = 0 if local else pulled
         ticket: Ticket[int] = Ticket(pulled, total, self.count, self._on_admitted, priority)
@@ -92,22 +101,37 @@ class DecodeMachine(RuleBasedStateMachine):
         queued = sum(other.total_tokens for other in waiting)
         if total // BLOCK > self.pools.blocks.count:
             with pytest.raises(InvalidRequestError, match=f"{total} tokens needs {total // BLOCK} KV blocks"):
-                self.scheduler.submit(ticket)
+                self.scheduler.enter(ticket)
         elif 1 + forks > self.scheduler.slots.count:
             with pytest.raises(OverloadedError, match=f"{1 + forks} sequences of one prompt are more than the"):
-                self.scheduler.submit(ticket)
+                self.scheduler.enter(ticket)
         elif len(waiting) >= QUEUE_REQUESTS_MAX:
             with pytest.raises(OverloadedError, match="4 sequences wait, the limit is 4"):
-                self.scheduler.submit(ticket)
+                self.scheduler.enter(ticket)
         elif waiting and queued + total > QUEUE_TOKENS_MAX:
             with pytest.raises(OverloadedError, match=f"of {queued} tokens wait and one of {total} came, the limit is"):
-                self.scheduler.submit(ticket)
+                self.scheduler.enter(ticket)
         else:
             self.count += 1 + forks
             self.here.append(ticket)
-            self.scheduler.submit(ticket)
-            if ticket.place is Place.ADMITTED:
-                assert len(ticket.slabs.tails) == (not local and pulled % BLOCK > 0)
+            self.scheduler.enter(ticket)
+            assert ticket.place is Place.WAITING
+            if not fetches:
+                self.scheduler.submit(ticket)
+
+    @rule(data=st.data())
+    def what_was_fetched_is_there(self, data: st.DataObject) -> None:
+        coming = [ticket for ticket in self._at(Place.WAITING) if not ticket.may_start]
+        if coming:
+            self.scheduler.submit(data.draw(st.sampled_from(coming)))
+
+    @rule(data=st.data())
+    def has_found_a_broken_block(self, data: st.DataObject) -> None:
+        admitted = [ticket for ticket in self._at(Place.ADMITTED) if ticket.run]
+        if admitted:
+            ticket = data.draw(st.sampled_from(admitted))
+            self.scheduler.index.discard(data.draw(st.sampled_from(ticket.run)))
+            self.scheduler.restart(ticket)
 
     @rule(data=st.data())
     def joins(self, data: st.DataObject) -> None:
@@ -194,7 +218,7 @@ class DecodeMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_without_need(self) -> None:
-        line = self._at(Place.WAITING, Place.PARKED)
+        line = self._line()
         if not line:
             return
         head = min(line, key=rank)
@@ -213,6 +237,8 @@ class DecodeMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        for ticket in self._at(Place.WAITING):
+            self.scheduler.submit(ticket)
         patience = sum((t.total_tokens + 1) * (1 + t.forks + len(t.fork_slots)) for t in self.here)
         while self.here:
             for ticket in self._at(Place.ADMITTED):
@@ -229,9 +255,14 @@ DecodeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count
 TestDecodeScheduler = DecodeMachine.TestCase
 
 
+def submit(scheduler: DecodeScheduler[int], ticket: Ticket[int]) -> None:
+    scheduler.enter(ticket)
+    scheduler.submit(ticket)
+
+
 def running(scheduler: DecodeScheduler[int], *tickets: Ticket[int]) -> None:
     for ticket in tickets:
-        scheduler.submit(ticket)
+        submit(scheduler, ticket)
         assert ticket.place is Place.ADMITTED
         scheduler.start(ticket)
 
@@ -264,7 +295,7 @@ def test_a_parked_one_goes_before_newcomers() -> None:
     assert victim is young
     scheduler.park(young)
     newcomer = ticket_of(2, 1, 2)
-    scheduler.submit(newcomer)
+    submit(scheduler, newcomer)
     scheduler.grow()
     assert newcomer.place is Place.WAITING, "it would fit, but it is not its turn"
     scheduler.leave(old)
@@ -275,7 +306,7 @@ def test_a_parked_one_goes_before_newcomers() -> None:
 def test_integrity_check_can_fail(what: str) -> None:
     scheduler = scheduler_of(pools_of("raw", 1, 1, 1), slots=2)
     ticket = ticket_of(0, 64, 65)
-    scheduler.submit(ticket)
+    submit(scheduler, ticket)
     if what == "slots":
         scheduler.slots.take(1)
     else:

@@ -81,23 +81,40 @@ class PrefillMachine(RuleBasedStateMachine):
         patience_s=st.sampled_from([1.0, 5.0, 1e9]),
         priority=st.integers(0, 1),
         family=st.sampled_from([None, 0, 0, 1]),
+        fetches=st.sampled_from([False, False, True]),
     )
-    def submit(self, tokens: int, patience_s: float, priority: int, family: int | None) -> None:
+    def enter(self, tokens: int, patience_s: float, priority: int, family: int | None, fetches: bool) -> None:
         job = a_job(tokens, self.now_s + patience_s, self.count, priority, family)
         queued = sum(j.tokens for j in self.waiting)
         if tokens // BLOCK > self.pools.blocks.count:
             with pytest.raises(InvalidRequestError, match=f"{tokens} tokens needs {tokens // BLOCK} KV blocks"):
-                self.scheduler.submit(job, self.now_s)
+                self.scheduler.enter(job)
         elif len(self.waiting) >= 5:
             with pytest.raises(OverloadedError, match="5 requests wait, the limit is 5"):
-                self.scheduler.submit(job, self.now_s)
+                self.scheduler.enter(job)
         elif self.waiting and queued + tokens > 800:
             with pytest.raises(OverloadedError, match=f"{queued} tokens wait and {tokens} came, the limit is 800"):
-                self.scheduler.submit(job, self.now_s)
+                self.scheduler.enter(job)
         else:
-            self.scheduler.submit(job, self.now_s)
+            self.scheduler.enter(job)
             self.waiting.append(job)
             self.count += 1
+            if not fetches:
+                self._submit(job)
+
+    @rule(data=st.data())
+    def what_was_fetched_is_there(self, data: st.DataObject) -> None:
+        coming = [job for job in self.waiting if not job.may_start]
+        if coming:
+            self._submit(data.draw(st.sampled_from(coming)))
+
+    def _submit(self, job: Job[int]) -> None:
+        if self.now_s < job.deadline_s:
+            self.scheduler.submit(job, self.now_s)
+        else:
+            with pytest.raises(DeadlineError):
+                self.scheduler.submit(job, self.now_s)
+            self._forget(job)
 
     @rule(seconds=st.sampled_from([0.5, 2.0]))
     def wait(self, seconds: float) -> None:
@@ -110,10 +127,11 @@ class PrefillMachine(RuleBasedStateMachine):
         for job in step.late:
             assert self.now_s >= job.deadline_s
             self._forget(job)
-        here = sorted((*self.started, *self.waiting), key=rank)
+        here = sorted((*self.started, *(job for job in self.waiting if job.may_start)), key=rank)
         assert all(self.now_s < job.deadline_s for job in here)
         for chunk in step.chunks:
             if chunk.job in self.waiting:
+                assert chunk.job.may_start, "its blocks may still come"
                 self.waiting.remove(chunk.job)
                 self.started.append(chunk.job)
                 self._check(chunk.job)
@@ -181,6 +199,8 @@ class PrefillMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        for job in [job for job in self.waiting if not job.may_start]:
+            self._submit(job)
         while self.waiting or self.started or self.leased:
             for job in self.leased:
                 self.pools.give_back(job.slabs)
@@ -239,6 +259,12 @@ def a_scheduler(step_tokens: int = 256, blocks: int = 1000) -> PrefillScheduler[
     )
 
 
+def submit(scheduler: PrefillScheduler[int], job: Job[int], now_s: float) -> None:
+    """Of a job that waits for nobody's blocks."""
+    scheduler.enter(job)
+    scheduler.submit(job, now_s)
+
+
 def run_step(scheduler: PrefillScheduler[int], seconds: float = 0.0, now_s: float = 0.0) -> dict[int, int]:
     """Tokens by the payload of their job."""
     chunks = scheduler.next_step(now_s).chunks
@@ -255,11 +281,11 @@ def test_nobody_starves_behind_short_prompts(lengths: list[int], shorts: list[in
     scheduler = a_scheduler(blocks=10_000)
     jobs = [Job(tokens, 1e9, -1) for tokens in lengths]
     for job in jobs:
-        scheduler.submit(job, 0.0)
+        submit(scheduler, job, 0.0)
     steps = 0
     while jobs[-1].left:
         if steps < len(shorts):
-            scheduler.submit(Job(shorts[steps], 1e9, steps), 0.0)
+            submit(scheduler, Job(shorts[steps], 1e9, steps), 0.0)
         run_step(scheduler)
         steps += 1
     assert steps <= sum(-(-tokens // 128) for tokens in lengths)
@@ -267,9 +293,9 @@ def test_nobody_starves_behind_short_prompts(lengths: list[int], shorts: list[in
 
 def test_a_short_prompt_behind_a_long_one_takes_one_step() -> None:
     scheduler = a_scheduler()
-    scheduler.submit(Job(4000, 1e9, 0), 0.0)
+    submit(scheduler, Job(4000, 1e9, 0), 0.0)
     assert run_step(scheduler) == {0: 256}
-    scheduler.submit(Job(100, 1e9, 1), 0.0)
+    submit(scheduler, Job(100, 1e9, 1), 0.0)
     assert run_step(scheduler) == {0: 156, 1: 100}
     assert run_step(scheduler) == {0: 256}
 
@@ -277,26 +303,26 @@ def test_a_short_prompt_behind_a_long_one_takes_one_step() -> None:
 def test_a_higher_priority_goes_first() -> None:
     scheduler = a_scheduler()
     for payload, priority in enumerate((0, 0, 7)):
-        scheduler.submit(Job(300, 1e9, payload, priority), 0.0)
+        submit(scheduler, Job(300, 1e9, payload, priority), 0.0)
     assert [run_step(scheduler) for _ in range(4)] == [{2: 256}, {2: 44, 0: 212}, {0: 88, 1: 168}, {1: 132}]
 
 
 def test_work_that_would_certainly_come_too_late_is_refused() -> None:
     scheduler = a_scheduler()
-    scheduler.submit(Job(256, 0.001, 0), 0.0)
+    submit(scheduler, Job(256, 0.001, 0), 0.0)
     assert run_step(scheduler, seconds=0.5) == {0: 256}, "nothing is known yet: it is tried"
     # 512 tokens/s were measured; twice that would still be too slow
     with pytest.raises(DeadlineError, match=r"2048 tokens takes 2.00 s at least, its deadline is in 1.90 s"):
-        scheduler.submit(Job(2048, 2.5, 1), 0.6)
-    scheduler.submit(Job(2048, 2.7, 2), 0.6)
+        submit(scheduler, Job(2048, 2.5, 1), 0.6)
+    submit(scheduler, Job(2048, 2.7, 2), 0.6)
     assert scheduler.next_step(0.6).late == []
-    scheduler.submit(Job(2048, 33.0, 3), 31.0)  # what was measured so long ago says nothing
+    submit(scheduler, Job(2048, 33.0, 3), 31.0)  # what was measured so long ago says nothing
 
 
 def test_what_can_no_longer_be_in_time_is_dropped() -> None:
     scheduler = a_scheduler()
     job = Job(1024, 1.2, 0)
-    scheduler.submit(job, 0.0)
+    submit(scheduler, job, 0.0)
     assert run_step(scheduler, seconds=0.5, now_s=0.0) == {0: 256}
     step = scheduler.next_step(0.5)
     assert (step.late, step.chunks) == ([job], []), "768 tokens in 0.7 s are more than twice 512 tokens/s"
@@ -308,7 +334,7 @@ def test_the_same_prompt_is_computed_once() -> None:
     scheduler = a_scheduler(step_tokens=4 * BLOCK)
     jobs = [a_job(6 * BLOCK + 10, 1e9, payload, family=0) for payload in range(3)]
     for job in jobs:
-        scheduler.submit(job, 0.0)
+        submit(scheduler, job, 0.0)
     assert run_step(scheduler) == {0: 4 * BLOCK}, "the others wait for the first one"
     assert run_step(scheduler) == {0: 2 * BLOCK + 10}, "which is not yet behind the last block that they share"
     assert run_step(scheduler) == {1: 10, 2: 10}
@@ -321,7 +347,7 @@ def test_who_waits_for_a_block_goes_on_where_the_other_parts_from_it() -> None:
     first, second = (a_job(8 * BLOCK, 1e9, payload, family=payload) for payload in range(2))
     second.names = [*first.names[:2], *second.names[2:]]
     for job in (first, second):
-        scheduler.submit(job, 0.0)
+        submit(scheduler, job, 0.0)
     assert run_step(scheduler) == {0: 2 * BLOCK}
     assert run_step(scheduler) == {0: 2 * BLOCK}, (
         "the first in line goes first, but nothing hinders the second any more"
@@ -336,7 +362,7 @@ def test_when_the_one_that_was_waited_for_goes_away_another_computes() -> None:
     scheduler = a_scheduler(step_tokens=2 * BLOCK)
     first, second = (a_job(8 * BLOCK, 1e9, payload, family=0) for payload in range(2))
     for job in (first, second):
-        scheduler.submit(job, 0.0)
+        submit(scheduler, job, 0.0)
     assert run_step(scheduler) == {0: 2 * BLOCK}
     scheduler.remove(first)
     scheduler.pools.give_back(first.slabs)
@@ -346,20 +372,20 @@ def test_when_the_one_that_was_waited_for_goes_away_another_computes() -> None:
 
 def test_a_higher_priority_does_not_wait_for_a_lower_one() -> None:
     scheduler = a_scheduler(step_tokens=2 * BLOCK)
-    scheduler.submit(a_job(8 * BLOCK, 1e9, 0, family=0), 0.0)
+    submit(scheduler, a_job(8 * BLOCK, 1e9, 0, family=0), 0.0)
     assert run_step(scheduler) == {0: 2 * BLOCK}
-    scheduler.submit(a_job(8 * BLOCK, 1e9, 1, priority=1, family=0), 0.0)
+    submit(scheduler, a_job(8 * BLOCK, 1e9, 1, priority=1, family=0), 0.0)
     assert run_step(scheduler) == {1: 2 * BLOCK}
 
 
 def test_what_is_there_does_not_make_a_prompt_late() -> None:
     scheduler = a_scheduler()
-    scheduler.submit(a_job(1024, 1e9, 0, family=0), 0.0)
+    submit(scheduler, a_job(1024, 1e9, 0, family=0), 0.0)
     for step in range(4):
         run_step(scheduler, seconds=0.5, now_s=0.5 * step)
     with pytest.raises(DeadlineError):
-        scheduler.submit(a_job(1024, 2.5, 1, family=1), 2.0)
-    scheduler.submit(a_job(1024, 2.5, 2, family=0), 2.0)
+        submit(scheduler, a_job(1024, 2.5, 1, family=1), 2.0)
+    submit(scheduler, a_job(1024, 2.5, 2, family=0), 2.0)
     assert run_step(scheduler, now_s=2.0) == {2: BLOCK}
 
 

@@ -8,7 +8,6 @@ import tempfile
 import urllib.request
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import TypeVar
 
 from zipserve.bench import rows
@@ -168,7 +167,7 @@ def pressure(
                 await client.complete(prompts[0], 1, cache_salt="nobody")
                 await _until_open(port)
                 found.first = [await client.complete(prompt, 2) for prompt in prompts]
-                for number, prompt in zip(count(), prompts, strict=False):
+                for number, prompt in enumerate(prompts):
                     found.again.append(await client.complete(prompt, 2))
                     found.recomputed.append(await client.complete(prompt, 2, cache_salt=f"tenant {number}"))
                 found.promoted_blocks = await asyncio.to_thread(_metric, port, "zipserve_kv_blocks_promoted_total")

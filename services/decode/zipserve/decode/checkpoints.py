@@ -30,21 +30,19 @@ class Checkpoints:
         self._seals = seals
         self._metrics = metrics
 
-    async def check(self, stream: Stream) -> None:
-        """Asserts that the blocks that a sequence has found are what they were when they were sealed.
-
-        Raises:
-            HandoffError: one is not; it leaves the index, and the sequence can be tried again.
-        """
+    async def are_sound(self, stream: Stream) -> bool:
+        """Whether the blocks that a sequence has found are what they were when they were sealed. One that is not leaves
+        the index, with all behind it."""
         unsound = await asyncio.to_thread(self._seals.first_unsound, list(stream.ticket.run))
         if unsound is not None:
             self._metrics.handoff_failures.labels(unsound.error.reason).inc()
             _log.error("block.unsound", reason=unsound.error.reason, error=unsound.error.message)
             self._index.discard(unsound.block)
-            raise unsound.error
+            return False
         found, wanted = len(stream.ticket.run), len(stream.ticket.names)
         self._metrics.prefix_blocks.labels("hit").inc(found)
         self._metrics.prefix_blocks.labels("miss").inc(wanted - found)
+        return True
 
     async def share_pulled(self, stream: Stream, tokens: int) -> None:
         """Seals what was pulled for a sequence of so many tokens as our own, and puts it into the index."""

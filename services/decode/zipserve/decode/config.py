@@ -16,7 +16,7 @@ class DecodeSettings(WorkerSettings):
     step_tokens: int = Field(default=STEP_TOKENS_DEFAULT, ge=0)
     """Most tokens of prompts computed in one step. 0: measured at start, as on a prefill worker."""
     step_slowdown_max: float = Field(default=1.5, gt=1.0)
-    """How many times longer a step may take for the prompts that are computed here beside it. They advance by 8 tokens
+    """How many times longer a step may take for the prompts that are computed here beside it. They advance by 4 tokens
     all the same."""
     parked_bytes_max: int = Field(default=1 << 30, ge=0)
     """Most host memory for sequences that had to make room for older ones, in bytes; one beyond fails, and is replayed

@@ -47,6 +47,8 @@ class Ticket(Generic[T]):
     """Its length at the handoff; 0 when it comes without a tail slab to read."""
     forks: int = 0
     """Sequences that will go on from the same tokens; it is admitted together with slots for them."""
+    may_start: bool = field(default=False, init=False)
+    """Not yet, as long as blocks that others hold may come."""
     number: int = field(default=-1, init=False)
     place: Place = field(default=Place.OUTSIDE, init=False)
     slabs: Slabs = field(default_factory=Slabs, init=False)
@@ -118,8 +120,8 @@ class DecodeScheduler(Generic[T]):
         """Host memory of those."""
         return sum(self._bytes_of(ticket.tokens) for ticket in self._tickets[Place.PARKED])
 
-    def submit(self, ticket: Ticket[T]) -> None:
-        """Admits a sequence, now or later: calls `ticket.on_admitted`, perhaps before this returns.
+    def enter(self, ticket: Ticket[T]) -> None:
+        """Gives a sequence a place in the queue; it is not admitted before `submit`.
 
         Raises:
             InvalidRequestError: it could never be held here.
@@ -146,6 +148,19 @@ class DecodeScheduler(Generic[T]):
         self._arrivals += 1
         ticket.number = self._arrivals
         self._arrivals += ticket.forks
+        self._move(ticket, Place.WAITING)
+
+    def submit(self, ticket: Ticket[T]) -> None:
+        """Admits a sequence that has a place in the queue, now or later: calls `ticket.on_admitted`, perhaps before
+        this returns.
+        """
+        ticket.may_start = True
+        self._admit()
+
+    def restart(self, ticket: Ticket[T]) -> None:
+        """Sends an admitted sequence back to its place in the queue, without its slabs: it starts anew from what is
+        sound."""
+        self._free(ticket)
         self._move(ticket, Place.WAITING)
         self._admit()
 
@@ -196,6 +211,7 @@ class DecodeScheduler(Generic[T]):
     def park(self, ticket: Ticket[T]) -> None:
         """Takes slabs and slot of a running sequence, whose KV was copied out; it stands in line for them again."""
         self._free(ticket)
+        ticket.tail_of = ticket.forks = 0  # it brings its tail along, and the others go on by themselves
         self._move(ticket, Place.PARKED)
 
     def grow(self) -> list[Ticket[T]]:
@@ -208,7 +224,7 @@ class DecodeScheduler(Generic[T]):
         return ready
 
     def _admit(self) -> None:
-        while line := [*self._tickets[Place.PARKED], *self._tickets[Place.WAITING]]:
+        while line := [*self._tickets[Place.PARKED], *(t for t in self._tickets[Place.WAITING] if t.may_start)]:
             ticket = min(line, key=_rank)
             if not self._try_hold(ticket):
                 return
@@ -238,7 +254,6 @@ class DecodeScheduler(Generic[T]):
         for kind in SlabKind:
             ticket.slabs.of(kind).extend(held.of(kind))
         ticket.slot, *ticket.fork_slots = self.slots.take(1 + ticket.forks)
-        ticket.tail_of = ticket.forks = 0
         return True
 
     def _free(self, ticket: Ticket[T]) -> None:

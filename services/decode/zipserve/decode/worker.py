@@ -23,28 +23,22 @@ from zipserve.common.rpc.channel import Deadline
 from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.puller import KvPuller
 from zipserve.common.transfer.source import KvSource
+from zipserve.decode.batch import Batch, Outcome, Turn
 from zipserve.decode.checkpoints import Checkpoints, check_chain, local_slabs
 from zipserve.decode.pacing import Pacing
 from zipserve.decode.scheduler import DecodeScheduler, Ticket
 from zipserve.decode.stream import Computed, Continuation, Finish, Stream
 from zipserve.engine.device import Device
-from zipserve.engine.logprobs import prompt_logprobs
-from zipserve.engine.parking import ParkedKv, park, restore
-from zipserve.engine.sampling import Drawn, draw
+from zipserve.engine.sampling import Drawn
 from zipserve.engine.sequence import Sequence
 from zipserve.v1 import kv_pb2
 from zipserve.v1.sampling_pb2 import FinishReason
 
 _log = log.get()
 
-Turn = tuple[Stream, int]
-"""A stream of a step, and how many of its tokens are computed."""
-_Outcome = Drawn | ZipserveError | None
-"""Of one stream of a step: its next token, or why it failed; None: its prompt goes on."""
-
 
 class DecodeWorker:
-    """All sequences of one decode worker. Lives in the event loop; `_step` and `_park` do not."""
+    """All sequences of one decode worker. Lives in the event loop."""
 
     def __init__(
         self,
@@ -60,6 +54,7 @@ class DecodeWorker:
         self._device = device
         self._scheduler = scheduler
         self._checkpoints = checkpoints
+        self._batch = Batch(device, checkpoints)
         self._source = source
         self._puller = puller
         self._fetcher = fetcher
@@ -98,9 +93,8 @@ class DecodeWorker:
             if first.continuation.chain is not None:
                 first.ticket.names = list(first.continuation.chain.names)
             async with self._puller.lease(claims, continuations[0].request_id) as lease:
-                self._scheduler.submit(first.ticket)
+                self._scheduler.enter(first.ticket)
                 await lease.while_alive(self._admitted(first, deadline))
-                await self._checkpoints.check(first)
                 first.pulled = await lease.pull(local_slabs(claims, first), deadline)
             await self._checkpoints.share_pulled(first, claims.tokens)
             self._scheduler.fork(first.ticket, [sibling.ticket for sibling in siblings])
@@ -124,10 +118,9 @@ class DecodeWorker:
             if continuation.chain is not None and continuation.sampling.params.prompt_logprobs is None:
                 block_tokens = self._device.layout.block_tokens
                 stream.ticket.names = continuation.chain.names[: (tokens - 1) // block_tokens]
-                await self._fetcher.fetch(stream.ticket.names, deadline, continuation.request_id)
-            self._scheduler.submit(stream.ticket)
+            self._scheduler.enter(stream.ticket)
+            await self._fetcher.fetch(stream.ticket.names, deadline, continuation.request_id)
             await self._admitted(stream, deadline)
-            await self._checkpoints.check(stream)
             stream.cached_tokens = stream.sequence.length = len(stream.ticket.run) * self._device.layout.block_tokens
             self._join(stream)
             yield stream
@@ -218,12 +211,12 @@ class DecodeWorker:
             if stream.gone:
                 self._free(stream)
 
-    async def _try_step(self, turns: list[Turn]) -> list[_Outcome]:
+    async def _try_step(self, turns: list[Turn]) -> list[Outcome]:
         rows = sum(not stream.left for stream, _ in turns)
         tokens = sum(count for stream, count in turns if stream.left)
         started_s = time.monotonic()
         try:
-            outcomes = await self._device.run(self._step, turns)
+            outcomes = await self._device.run(self._batch.step, turns)
         except Exception:  # noqa: BLE001  # one bad step must not end the worker
             _log.exception("step.failed", requests=[stream.continuation.request_id for stream, _ in turns])
             error = UnavailableError("a decode step failed; the worker's log has the details")
@@ -252,7 +245,7 @@ class DecodeWorker:
         stream.place()
         self._in_use = [stream]
         try:
-            stream.parked = await self._device.run(self._park, stream)
+            stream.parked = await self._device.run(self._batch.park, stream)
         except Exception:  # noqa: BLE001  # it ends one sequence, not the worker
             _log.exception("parking.failed", request_id=stream.continuation.request_id)
             self._finish(stream, UnavailableError("a sequence could not be parked; the worker's log has the details"))
@@ -320,45 +313,17 @@ class DecodeWorker:
         self._work.set()
 
     async def _admitted(self, stream: Stream, deadline: Deadline) -> None:
+        """Lets a stream that has a place in the queue start, and waits until it has slabs, of sound blocks those that
+        are here."""
         started_s = time.monotonic()
         try:
             async with asyncio.timeout(deadline.remaining_s()):
+                self._scheduler.submit(stream.ticket)
                 await stream.admitted.wait()
+                while not await self._checkpoints.are_sound(stream):
+                    stream.admitted.clear()
+                    self._scheduler.restart(stream.ticket)
+                    await stream.admitted.wait()
         except TimeoutError as error:
             raise DeadlineError("the deadline passed while waiting for KV blocks on the decode worker") from error
         stream.queue_s = time.monotonic() - started_s
-
-    # In the device's thread.
-
-    def _step(self, turns: list[Turn]) -> list[_Outcome]:
-        streams = [stream for stream, _ in turns]
-        for stream in streams:
-            self._open(stream)
-        starts = [stream.sequence.length for stream in streams]
-        step = self._device.engine.forward([stream.next_tokens(count) for stream, count in turns])
-        for i, rows in step.every.items():
-            top = streams[i].continuation.sampling.params.prompt_logprobs or 0
-            streams[i].prompt_logprobs += prompt_logprobs(rows, streams[i].continuation.prompt, starts[i], top)
-        outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(turns))]
-        for stream, failed in zip(streams, outcomes, strict=True):
-            if failed is None:
-                self._checkpoints.seal(stream)
-        last = [i for i, stream in enumerate(streams) if not stream.left and outcomes[i] is None]
-        samplers = [streams[i].continuation.sampling for i in last]
-        positions = [streams[i].first_position + streams[i].generated for i in last]
-        for i, drawn in zip(last, draw(step.logits[last], samplers, positions), strict=True):
-            outcomes[i] = drawn
-        return outcomes
-
-    def _park(self, stream: Stream) -> ParkedKv:
-        self._open(stream)
-        return park(self._device.cache, stream.sequence)
-
-    def _open(self, stream: Stream) -> None:
-        """Fills the open block of a stream that has just come: from its tail, or from where it was parked."""
-        tails = stream.ticket.slabs.tails
-        if stream.parked is not None:
-            restore(self._device.cache, stream.parked, stream.sequence)
-        elif tails:
-            open_tokens = stream.sequence.length % self._device.layout.block_tokens
-            self._device.cache.unpack_tail(tails[0], open_tokens, stream.sequence.slot)

@@ -31,6 +31,8 @@ class Job(Generic[T]):
     """How many of them it may take from the index; not all of its tokens: the last one has to be computed."""
     number: int = field(default=-1, init=False)
     """Of its arrival."""
+    may_start: bool = field(default=False, init=False)
+    """Not yet, as long as blocks that others hold may come."""
     computed: int = field(default=0, init=False)
     """Tokens that are done, those that it found in the index included."""
     run: list[CachedBlock] = field(default_factory=list, init=False)
@@ -112,8 +114,8 @@ class PrefillScheduler(Generic[T]):
         """Jobs that have been started."""
         return len(self._started)
 
-    def check_room(self, job: Job[T]) -> None:
-        """Asserts that a job may come into the queue.
+    def enter(self, job: Job[T]) -> None:
+        """Gives a job a place in the queue; it is not started before `submit`.
 
         Raises:
             InvalidRequestError: it could never be computed here.
@@ -131,24 +133,24 @@ class PrefillScheduler(Generic[T]):
             raise OverloadedError(
                 f"{self.queued_tokens} tokens wait and {job.tokens} came, the limit is {self._queue_tokens_max}"
             )
+        self._arrivals += 1
+        job.number = self._arrivals
+        self._wait(job)
 
     def submit(self, job: Job[T], now_s: float) -> None:
-        """Takes a job into the queue.
+        """Lets a job start that has a place in the queue.
 
         Raises:
-            InvalidRequestError, OverloadedError: see `check_room`.
-            DeadlineError: it would certainly come too late.
+            DeadlineError: it would certainly come too late; it has left the queue.
         """
-        self.check_room(job)
         if self._is_late(job, now_s):
+            self.remove(job)
             takes_s = self._throughput.seconds_at_least(self._to_compute(job), now_s)
             raise DeadlineError(
                 f"a prompt of {job.tokens} tokens takes {takes_s:.2f} s at least, "
                 f"its deadline is in {max(0.0, job.deadline_s - now_s):.2f} s"
             )
-        self._arrivals += 1
-        job.number = self._arrivals
-        self._wait(job)
+        job.may_start = True
 
     def remove(self, job: Job[T]) -> bool:
         """Takes a job out that waits or is between two steps; False when it is not here (any more).
@@ -174,7 +176,7 @@ class PrefillScheduler(Generic[T]):
 
     def next_step(self, now_s: float) -> Step[T]:
         """Plans the next step; it has no chunks when there is nothing to compute, or no slabs to compute it in."""
-        jobs = sorted((*self._started, *self._waiting), key=rank)
+        jobs = sorted((*self._started, *(job for job in self._waiting if job.may_start)), key=rank)
         late = [job for job in jobs if self._is_late(job, now_s)]
         for job in late:
             self.remove(job)

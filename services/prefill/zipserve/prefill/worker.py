@@ -55,8 +55,6 @@ class PrefillWorker:
         self._source = source
         self._fetcher = fetcher
         self._metrics = metrics
-        self._fetching = 0
-        """Prompts that wait for blocks of others."""
         self._stepping: list[Job[Prompt]] = []
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -92,19 +90,19 @@ class PrefillWorker:
         layout = self._device.layout
         names = prefix_hashes(token_ids, layout.block_tokens, chain_salt(layout.fingerprint, cache_salt))
         job = self._job(Prompt(request_id, token_ids, samplers, names, now_s, result), deadline.at_s, priority)
-        self._scheduler.check_room(job)
-        await self._fetch(job, deadline)
-        self._scheduler.submit(job, time.monotonic())
+        self._scheduler.enter(job)
         self._note_levels()
         self._idle.clear()
-        self._work.set()
         try:
             async with asyncio.timeout(deadline.at_s - time.monotonic()):
+                await self._fetcher.fetch(job.names[: job.reusable_blocks], deadline, request_id)
+                self._scheduler.submit(job, time.monotonic())
+                self._work.set()
                 return await result
         except TimeoutError as error:
             self._abandon(job)
             raise DeadlineError("the deadline passed before the prompt was computed") from error
-        except asyncio.CancelledError:
+        except BaseException:  # also when it is cancelled
             self._abandon(job)
             raise
 
@@ -116,16 +114,6 @@ class PrefillWorker:
             if prompt.samplers[0].params.prompt_logprobs is None:  # else the logits of every token are needed
                 job.reusable_blocks = (job.tokens - 1) // block_tokens
         return job
-
-    async def _fetch(self, job: Job[Prompt], deadline: Deadline) -> None:
-        """Brings blocks here that others hold; what does not come is computed."""
-        self._fetching += 1
-        self._idle.clear()
-        try:
-            await self._fetcher.fetch(job.names[: job.reusable_blocks], deadline, job.payload.request_id)
-        finally:
-            self._fetching -= 1
-            self._note_idle()
 
     def _abandon(self, job: Job[Prompt]) -> None:
         """Nobody waits for the result any more."""
@@ -256,7 +244,7 @@ class PrefillWorker:
 
     def _note_idle(self) -> None:
         self._note_levels()
-        if not (self._fetching or self._scheduler.queued_requests or self._scheduler.running_requests):
+        if not (self._scheduler.queued_requests or self._scheduler.running_requests):
             self._idle.set()
 
     # In the device's thread.

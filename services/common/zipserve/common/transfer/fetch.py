@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from zipserve.common import log, tracing
 from zipserve.common.errors import BlockSwappedError, ZipserveError
@@ -29,6 +29,7 @@ class PrefixFetcher:
 
     Args:
         myself: under which name the own blocks are in `holders`.
+        give_back: takes back slabs that were held for a fetch; others may wait for them.
         time_s: longest time that somebody waits for a fetch: blocks that come later had better be computed.
         fetches_max: at the same time.
     """
@@ -40,6 +41,7 @@ class PrefixFetcher:
         index: PrefixIndex,
         seals: Seals,
         puller: KvPuller,
+        give_back: Callable[[Slabs], None],
         holders: Holders,
         metrics: Metrics,
         time_s: float,
@@ -49,6 +51,7 @@ class PrefixFetcher:
         self._index = index
         self._seals = seals
         self._puller = puller
+        self._give_back = give_back
         self._holders = holders
         self._metrics = metrics
         self._time_s = time_s
@@ -60,9 +63,10 @@ class PrefixFetcher:
 
     async def fetch(self, names: Sequence[bytes], deadline: Deadline, request_id: str) -> None:
         """Brings as many of the leading blocks of a sequence here as somebody has. What cannot be had in time is no
-        error: it is to be computed.
+        error: it is to be computed, for which half of the time is left.
         """
-        give_up_s = min(deadline.at_s, time.monotonic() + self._time_s)
+        now_s = time.monotonic()
+        give_up_s = now_s + min((deadline.at_s - now_s) / 2, self._time_s)
         while (left_s := give_up_s - time.monotonic()) > 0:
             found = len(self._index.find(names))
             if found == len(names):
@@ -157,12 +161,13 @@ class PrefixFetcher:
             wanted = [_local(ref, held, first, pools.block_tokens) for ref in claims.refs]
             await lease.pull(wanted, deadline)
             refs = await in_thread(self._sealed, held, names, first)
-            added = 0
             for name, block_refs in zip(names[first:], refs, strict=True):
-                added += self._index.extend(run, name, block_refs)
-            return added
+                # one that has come in another way meanwhile takes the place of ours
+                if not (self._index.extend(run, name, block_refs) or self._index.join(run, name, held)):
+                    break
+            return len(run) - first
         finally:
-            pools.give_back(held)
+            self._give_back(held)
 
     def _sealed(self, held: Slabs, names: Sequence[bytes], first: int) -> list[tuple[kv_pb2.BlockRef, ...]]:
         """Seals what was read as our own: its bytes are those of its issuer, its header is not."""

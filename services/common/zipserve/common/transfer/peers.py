@@ -9,6 +9,7 @@ import grpc
 from zipserve.common.directory import DirectoryView, DirectoryWriter
 from zipserve.common.errors import ZipserveError
 from zipserve.common.kv.holders import HolderKey, Holders
+from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
@@ -118,6 +119,7 @@ class Peers:
             index=shelf.index,
             seals=shelf.seals,
             puller=self.puller,
+            give_back=self._give_back,
             holders=self.holders,
             metrics=self._metrics,
             time_s=self._fetch_s,
@@ -156,6 +158,10 @@ class Peers:
             with suppress(ZipserveError):  # a pull that needs the connection will say so
                 await self.puller.connect_early([r for r in records if r.worker_id != self._settings.worker_id])
             await self.registry.wait_for_change(self._settings.heartbeat_s * 4)
+
+    def _give_back(self, slabs: Slabs) -> None:
+        """As if a lease over them had ended: somebody may wait for them."""
+        self.source.on_free(slabs)
 
     def _tell_added(self, name: bytes, parent: bytes) -> None:
         self._writer.added(parent, [name])
