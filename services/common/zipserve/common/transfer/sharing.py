@@ -110,12 +110,12 @@ class BlockSharing(kv_store_service_pb2_grpc.KvStoreServiceServicer):
             try:
                 unsound = await asyncio.to_thread(shelf.seals.first_unsound, run)
             except BaseException:
-                index.pools.give_back(held)
+                self._source.on_free(held)
                 raise
             if unsound is None:
                 index.note_request(names)
                 return run, held
-            index.pools.give_back(held)
+            self._source.on_free(held)
             self._metrics.handoff_failures.labels(unsound.error.reason).inc()
             _log.error("block.unsound", reason=unsound.error.reason, error=unsound.error.message)
             index.discard(unsound.block)
