@@ -1,9 +1,12 @@
 """The KV store among workers: it takes what they have, keeps it in memory and on disk, and gives it back."""
 
+import asyncio
 import secrets
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -12,9 +15,17 @@ from oracle import Oracle
 from polling import until
 from workers import BLOCK, Prefill, Store, Workers, claims_of, prompt, value
 from zipserve.common import errors
-from zipserve.common.kv.layout import SlabKind
+from zipserve.common.kv.holders import Holders
+from zipserve.common.kv.layout import Layout, SlabKind
+from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix import chain_salt, prefix_hashes
+from zipserve.common.kv.prefix_index import PrefixIndex
+from zipserve.common.kv.seals import Seals
+from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.status import client_errors
+from zipserve.common.transfer.fetch import PrefixFetcher
+from zipserve.kvstore.disk import DiskTier
+from zipserve.kvstore.store import Store as StoreTiers
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.kv_store_service_pb2 import LookupRequest, PinRequest
 from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceStub
@@ -210,3 +221,87 @@ async def test_a_store_that_drains_lends_nothing_more(cluster_workers: Workers) 
     request = PinRequest(layout_fingerprint=worker.service.device.layout.fingerprint, prefix_hashes=names)
     pinned = await stub.Pin(request, timeout=5)
     assert (pinned.blocks, pinned.HasField("handle")) == (0, False)
+
+
+async def test_of_a_prompt_that_is_larger_than_its_memory_it_keeps_the_beginning(cluster_workers: Workers) -> None:
+    fabric, token_ids = Fabric(), prompt(TOKENS)
+    worker = await cluster_workers.prefill(fabric.open)
+    slab_bytes = worker.service.device.layout.slab_bytes(SlabKind.BLOCK)
+    store = await cluster_workers.kvstore(fabric.open, memory_bytes=3 * slab_bytes)
+    give_up(worker, await worker.compute(token_ids))
+    await store.has(names_of(worker, token_ids)[:3])
+
+
+async def test_blocks_of_another_layout_are_left_alone(cluster_workers: Workers) -> None:
+    fabric, token_ids = Fabric(), prompt(TOKENS)
+    worker = await cluster_workers.prefill(fabric.open, worker_id="prefill-a")
+    store = await cluster_workers.kvstore(fabric.open)
+    await until(lambda: store.service.store is not None, "the store has a layout")
+    foreign = await cluster_workers.prefill(fabric.open, worker_id="prefill-b", codec="int8")
+    give_up(foreign, await foreign.compute(token_ids))
+    holders = store.service.peers.holders
+    await until(lambda: holders.runs(names_of(foreign, token_ids)) != {}, "the store has heard of them")
+    give_up(worker, await worker.compute(token_ids))
+    await store.has(names_of(worker, token_ids))
+    assert value(store.service.metrics, "zipserve_kv_prefix_fetches_total", outcome="failed") == 0
+
+
+async def test_blocks_behind_each_other_are_wanted_once() -> None:
+    """Hearing of a long sequence must not stop the event loop for a time that grows with its square."""
+    layout = Layout("m", "0", 1, 1, 16, 16, "float32", "raw", BLOCK)
+    index = PrefixIndex(SlabPools(layout, blocks=4, tails=0, sinks=0))
+    names, asked = prefix_hashes(range(1000), 1, b""), list[bytes]()
+
+    class Asked(Holders):
+        def chain(self, name: bytes) -> list[bytes]:
+            asked.append(name)
+            return super().chain(name)
+
+    holders, fetcher = Asked(), create_autospec(PrefixFetcher, instance=True)
+    holders.add(("a", 1), b"", names)
+    store = StoreTiers(index, create_autospec(Seals, instance=True), 1, None, Metrics())
+    for name in names:
+        store.want(name)
+    running = asyncio.create_task(store.run(fetcher, holders))
+    await until(lambda: not store._wanted and bool(asked), "all has been looked for")
+    running.cancel()
+    assert asked == names[-1:]
+
+
+@pytest.mark.parametrize("use", ["store", "load"])
+async def test_its_disk_is_closed_when_nobody_uses_it(
+    use: str, cluster_workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fabric, token_ids = Fabric(), prompt(TOKENS)
+    worker = await cluster_workers.prefill(fabric.open, worker_id="prefill-a")
+    names, layout = names_of(worker, token_ids), worker.service.device.layout
+    give_up(worker, await worker.compute(token_ids))
+    if use == "load":
+        async with cluster_workers.a_kvstore(fabric.open, disk_path=str(tmp_path)) as store:
+            await store.has(names)
+    entered, ending, closed = threading.Event(), threading.Event(), threading.Event()
+    was_closed: list[bool] = []
+    work, close = getattr(DiskTier, use), DiskTier.close
+
+    def slow(self: DiskTier, *args: Any) -> None:
+        entered.set()
+        assert ending.wait(20.0)
+        was_closed.append(closed.wait(2.5))  # longer than calls under way get to end
+        work(self, *args)
+
+    def note_closed(self: DiskTier) -> None:
+        closed.set()
+        close(self)
+
+    monkeypatch.setattr(DiskTier, use, slow)
+    monkeypatch.setattr(DiskTier, "close", note_closed)
+    async with cluster_workers.a_kvstore(fabric.open, check=False, disk_path=str(tmp_path)) as store:
+        stub: Any = KvStoreServiceStub(store.channels.get(store.address))
+        request = PinRequest(layout_fingerprint=layout.fingerprint, prefix_hashes=names)
+        await until(lambda: store.service.store is not None, "the store has a layout")
+        pinning = asyncio.ensure_future(stub.Pin(request, timeout=20).code())
+        await until(entered.is_set, "the disk is in use")
+        ending.set()
+    await pinning
+    assert was_closed[0] is False
+    assert closed.is_set()

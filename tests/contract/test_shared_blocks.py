@@ -13,10 +13,14 @@ from shared_blocks import fetches, give_up, knows, names_of, two
 from workers import BLOCK, Workers, claims_of, failures, prompt, value
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import SlabKind
+from zipserve.common.rpc import Context
+from zipserve.common.rpc.status import client_errors
+from zipserve.common.transfer.sharing import BlockSharing, IndexShelf
 from zipserve.v1.kv_pb2 import SLAB_KIND_BLOCK
-from zipserve.v1.kv_store_service_pb2 import LookupRequest
+from zipserve.v1.kv_store_service_pb2 import LookupRequest, PinRequest, PinResponse
 from zipserve.v1.kv_store_service_pb2_grpc import KvStoreServiceStub
 from zipserve.v1.prefill_service_pb2 import PrefillResponse
+from zipserve.v1.sampling_pb2 import SamplingParams
 
 TOKENS = 5 * BLOCK + 7
 
@@ -94,6 +98,96 @@ async def test_one_that_goes_away_leaves_the_fetch_to_the_others(cluster_workers
     assert answer.cached_tokens == 5 * BLOCK
     assert fetches(second) == {"fetched": 1}
     give_up(second, answer)
+
+
+async def test_blocks_that_were_computed_while_they_were_fetched_stay_in_their_place(cluster_workers: Workers) -> None:
+    fabric = Fabric()
+    first = await cluster_workers.prefill(fabric.open, worker_id="prefill-a")
+    second = await cluster_workers.prefill(fabric.open, worker_id="prefill-b")
+    token_ids, names = prompt(TOKENS), names_of(first, prompt(TOKENS))
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    arrives = asyncio.Event()
+
+    async def wait() -> None:
+        await arrives.wait()
+
+    fabric.faults.before = wait
+    fetching = asyncio.create_task(second.compute(token_ids))
+    await until(lambda: fabric.reads == 1, "blocks are coming")
+    wants_logits = SamplingParams(temperature=0, seed=1, prompt_logprobs=0)  # of every token: nothing is fetched for it
+    give_up(second, await second.compute(token_ids[: 2 * BLOCK + 3], sampling=wants_logits))
+    arrives.set()
+    answer = await fetching
+    assert answer.cached_tokens == 5 * BLOCK
+    assert dict(second.service.scheduler.index.entries()) == dict(zip(names, [b"", *names], strict=False))
+    give_up(second, answer)
+
+
+async def test_blocks_that_come_while_the_first_entry_is_written_are_told(
+    cluster_workers: Workers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries, name = IndexShelf.entries, b"n" * 32
+
+    def list_and_get_one(self: IndexShelf) -> list[tuple[bytes, bytes]]:
+        def come() -> None:
+            slabs = self.index.pools.try_take(BLOCK, tail_of=0)
+            assert slabs is not None
+            held = list(slabs)
+            refs = self.seals.seal_block(held, [self.index.pools.generation(*slab) for slab in held], 0, name)
+            self.index.extend([], name, refs)
+            self.index.pools.give_back(slabs)
+
+        asyncio.get_running_loop().call_soon(come)
+        return list(entries(self))
+
+    fabric = Fabric()
+    with monkeypatch.context() as patch:
+        patch.setattr(IndexShelf, "entries", list_and_get_one)
+        first = await cluster_workers.prefill(fabric.open, worker_id="prefill-a")
+    assert first.service.scheduler.index.find([name])
+    second = await cluster_workers.prefill(fabric.open, worker_id="prefill-b")
+    await until(lambda: second.service.peers.holders.runs([name]) != {}, "the block is known")
+
+
+async def test_what_a_lease_is_not_over_is_not_taken(
+    cluster_workers: Workers, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A holder that tells more blocks than its handle has."""
+    pin = BlockSharing.Pin
+
+    async def boast(self: BlockSharing, request: PinRequest, context: Context) -> PinResponse:
+        told, names = len(request.prefix_hashes), request.prefix_hashes[:3]
+        pinned = await pin(
+            self, PinRequest(layout_fingerprint=request.layout_fingerprint, prefix_hashes=names), context
+        )
+        pinned.blocks = told
+        return pinned
+
+    monkeypatch.setattr(BlockSharing, "Pin", boast)
+    first, second = await two(cluster_workers)
+    token_ids = prompt(TOKENS)
+    give_up(first, await first.compute(token_ids))
+    await knows(second, first, token_ids, 5)
+    answer = await second.compute(token_ids)
+    assert answer.cached_tokens == 3 * BLOCK
+    assert Oracle(tiny_model).first_wrong(token_ids, [answer.token_id]) is None
+    give_up(second, answer)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1), (0, 2), (1,), (0, 0)])
+async def test_names_that_do_not_follow_each_other_are_no_run(order: tuple[int, ...], cluster_workers: Workers) -> None:
+    worker = await cluster_workers.prefill(Fabric().open, codec="zip-4/32", block_tokens=64, step_tokens=64)
+    token_ids = prompt(3 * 64 + 1)
+    give_up(worker, await worker.compute(token_ids))
+    names, fingerprint = names_of(worker, token_ids), worker.service.device.layout.fingerprint
+    stub: Any = KvStoreServiceStub(worker.channels.get(worker.address))
+    request = PinRequest(layout_fingerprint=fingerprint, prefix_hashes=[names[i] for i in order])
+    with client_errors():
+        pinned = await stub.Pin(request, timeout=5)
+    assert pinned.blocks == {(0, 1, 1): 2, (0, 2): 1, (1,): 0, (0, 0): 1}[order]
+    if pinned.blocks:
+        give_up(worker, PrefillResponse(handle=pinned.handle))
 
 
 async def test_tenants_share_nothing(cluster_workers: Workers) -> None:

@@ -69,6 +69,9 @@ class MemoryTransport:
         self._connected.add(metadata.decode())
         return metadata.decode()
 
+    def is_connected(self, peer: str) -> bool:
+        return peer in self._connected
+
     async def disconnect(self, peer: str) -> None:
         self._connected.discard(peer)
 

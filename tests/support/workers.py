@@ -351,7 +351,7 @@ class Workers:
 
     @asynccontextmanager
     async def a_kvstore(
-        self, open_transport: TransportFactory = NixlTransport, **settings: Any
+        self, open_transport: TransportFactory = NixlTransport, *, check: bool = True, **settings: Any
     ) -> AsyncIterator[Store]:
         """A KV store that ends when this context does."""
         shared = ("redis_url", "cluster", "secret", "heartbeat_s", "registry_ttl_s", "drain_s")
@@ -361,7 +361,8 @@ class Workers:
         async with running(service, own) as address:
             store = Store(service, own, address, self.channels)
             yield store
-            await store.settled()
+            if check:
+                await store.settled()
 
     async def pair(
         self,

@@ -177,7 +177,7 @@ class DiskMachine(RuleBasedStateMachine):
                 gone = self.tier.discard(block, error)
                 assert gone[0] == block.name
                 assert block.name in self.ever_damaged
-                assert not self.tier.find([block.name])
+                assert block.name not in self.tier.index
                 self.damaged -= set(gone)
                 break
             content = b"".join(bytes(slab[: ref.bytes]) for ref, slab in zip(block.refs, slabs, strict=True))
@@ -196,7 +196,7 @@ class DiskMachine(RuleBasedStateMachine):
 
     @rule(is_killed=st.booleans(), slots=st.integers(1, 7))
     def reopen(self, is_killed: bool, slots: int) -> None:
-        before = set(self.tier.entries())
+        before = set(self.tier.index.entries())
         if is_killed:
             kill(self.tier)
         else:
@@ -206,13 +206,13 @@ class DiskMachine(RuleBasedStateMachine):
         self.held.clear()
         has_all, self.slots = slots >= self.slots, slots
         self.open()
-        after = set(self.tier.entries())
+        after = set(self.tier.index.entries())
         undamaged = {entry for entry in before if not self._is_behind_damage(dict(before), entry[0])}
         if has_all:
             assert undamaged <= after
         if has_all and not is_killed:  # a kill may leave records of blocks that were evicted or discarded
             assert after <= before
-        assert all(not parent or self.tier.find([parent]) for _, parent in after)
+        assert all(not parent or parent in self.tier.index for _, parent in after)
 
     @precondition(lambda self: len(self.tier) > 0)
     @rule(data=st.data(), at=st.integers(0, 2**20), bit=st.integers(0, 7))
@@ -263,8 +263,8 @@ def tier(tmp_path: Path, layout: Layout) -> Iterator[DiskTier]:
 
 def test_entries_name_the_block_before(tier: DiskTier) -> None:
     names = names_of((1, 2, 3))
-    assert dict(tier.entries()) == {names[0]: b"", names[1]: names[0], names[2]: names[1], names_of((4,))[0]: b""}
-    listed = [name for name, _ in tier.entries()]
+    assert dict(tier.index.entries()) == {names[0]: b"", names[1]: names[0], names[2]: names[1], names_of((4,))[0]: b""}
+    listed = [name for name, _ in tier.index.entries()]
     assert listed.index(names[0]) < listed.index(names[1]) < listed.index(names[2])
 
 
@@ -284,11 +284,11 @@ def test_what_was_evicted_or_discarded_does_not_come_back(tmp_path: Path, layout
     assert evicted == [names_of((1, 2, 3))[-1]]
     names = names_of((5, 6, 7))
     assert tier.discard(tier.find(names)[-1], BlockCorruptError("as a test says"))[0] == names[-1]
-    entries = set(tier.entries())
+    entries = set(tier.index.entries())
     assert len(entries) == 5
     tier.close()
     again = DiskTier.open(tmp_path, layout, 8)
-    assert set(again.entries()) == entries
+    assert set(again.index.entries()) == entries
     again.close()
 
 
@@ -314,7 +314,7 @@ def test_a_record_is_blank_also_when_the_next_block_could_not_be_written(
     assert write(tier, layout, (6,)) == 1
     kill(tier)
     again = DiskTier.open(tmp_path, layout, 8)
-    assert {name for name, _ in again.entries()} == {*names_of((1, 2, 3)), *names_of((6,))}
+    assert {name for name, _ in again.index.entries()} == {*names_of((1, 2, 3)), *names_of((6,))}
     kill(again)
 
 
@@ -640,7 +640,7 @@ def test_a_block_is_not_written_twice_nor_behind_one_that_is_gone(layout: Layout
     tier.discard(run[0], BlockCorruptError("as a test says"))  # while it is written
     tier.store(reservation, slabs)
     assert not tier.commit(reservation)
-    assert set(tier.entries()) == {(names_of((4,))[0], b"")}
+    assert set(tier.index.entries()) == {(names_of((4,))[0], b"")}
     assert write(tier, layout, (1, 2, 3, 4, 5, 6, 7)) == 7
 
 

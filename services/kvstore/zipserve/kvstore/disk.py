@@ -17,7 +17,7 @@ import errno
 import fcntl
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,11 +127,6 @@ class DiskTier:
         """Counts the use of a sequence, whether its blocks are here or not; once, before any of them is written."""
         self.index.note_request(names)
 
-    def entries(self) -> Iterator[tuple[bytes, bytes]]:
-        """Name of each block and of the one before it (empty for block 0), which comes first."""
-        for block in self.index:
-            yield block.name, block.parent.name if block.parent else b""
-
     def reserve(
         self, run: list[CachedBlock], name: bytes, refs: Sequence[BlockRef], incarnation: int
     ) -> Reservation | None:
@@ -148,16 +143,12 @@ class DiskTier:
         """
         if self._open is not None:
             raise InternalError("a block is to be written to disk while another one is")
-        if self.find([name]) or (run and self.find([run[-1].name]) != run[-1:]):
+        if name in self.index or (run and self.index.get(run[-1].name) is not run[-1]):
             return None
-        tokens = (len(run) + 1) * self._layout.block_tokens
         slabs = self.index.hold(run)
-        missing = self._pools.missing(slabs, tokens)
-        if not self._pools.can_have(missing):
+        if not self._pools.try_extend(slabs, (len(run) + 1) * self._layout.block_tokens):
             self._pools.give_back(slabs)
             return None
-        self.index.make_room(missing)
-        assert self._pools.try_extend(slabs, tokens)
         records = self._records(slabs, run[-1].name if run else b"", name, refs, incarnation)
         self._open = Reservation(run, records, slabs, self._stale)
         self._stale = set()
@@ -297,7 +288,8 @@ class DiskTier:
         pools = self._pools
         every = Slabs(sinks=pools.sinks.take(pools.sinks.count), blocks=pools.blocks.take(pools.blocks.count))
         for block in chains(found, self._layout):
-            self.index.extend(self.find([block.parent]), block.name, block.refs)
+            parent = self.index.get(block.parent)
+            self.index.extend([parent] if parent else [], block.name, block.refs)
         self._used.update(slot for block in self.index for slot in block.slabs)
         loose = [(kind, slot) for kind, slots in found.items() for slot in slots if (kind, slot) not in self._used]
         for kind, slot in [*dropped, *loose]:

@@ -20,6 +20,7 @@ from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.refs import layout_of, message_of
 from zipserve.common.kv.seals import Seals
 from zipserve.common.metrics import Metrics
+from zipserve.common.threads import in_thread
 from zipserve.common.transfer.peers import Peers
 from zipserve.common.transport import TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
@@ -92,6 +93,8 @@ class KvStoreService:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
         await self.peers.close()
+        if self.store is not None:
+            await self.store.settled()
         await asyncio.to_thread(self._memory.close)
 
     async def _run(self) -> None:
@@ -104,6 +107,7 @@ class KvStoreService:
                 task.result()
         finally:
             loops[0].cancel()
+            await asyncio.gather(loops[0], return_exceptions=True)  # it may be writing
 
     async def _first_layout(self) -> Layout:
         """Of the first worker that has one which we know."""
@@ -129,7 +133,7 @@ class KvStoreService:
         pools = self.pools = SlabPools(layout, blocks=blocks, tails=0, sinks=sinks)
         pools.on_free = seals.poison
         self.peers.source.on_free = pools.give_back
-        disk = await asyncio.to_thread(self._open_disk, layout)
+        disk = await in_thread(self._open_disk, layout)
         store = self.store = Store(PrefixIndex(pools), seals, self._incarnation, disk, self.metrics)
         await self.peers.join(store, arenas.arenas, on_added=self._heard_of)
         self._capabilities.layout.CopyFrom(message_of(layout))
@@ -150,6 +154,8 @@ class KvStoreService:
 
     def _heard_of(self, holder: HolderKey, names: Sequence[bytes]) -> None:
         record = self.peers.registry.find(holder[0])
-        if self.store is not None and record is not None and record.capabilities.role in _READS_FROM:
+        if self.store is None or record is None or record.capabilities.role not in _READS_FROM:
+            return
+        if self.store.seals.layout.fingerprint in record.capabilities.readable_layouts:
             for name in names:
                 self.store.want(name)

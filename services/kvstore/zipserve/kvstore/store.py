@@ -56,7 +56,7 @@ class Store:
     def entries(self) -> Iterator[tuple[bytes, bytes]]:
         """Name of every block, and of the one before it (empty: none), which comes first."""
         if self._disk is not None:
-            yield from self._disk.entries()
+            yield from self._disk.index.entries()
         for name, parent in self.index.entries():
             if not self._is_on_disk(name):
                 yield name, parent
@@ -73,7 +73,7 @@ class Store:
                 removed(block.name)
 
         def left_disk(block: CachedBlock) -> None:
-            if not self.index.find([block.name]):
+            if block.name not in self.index:
                 removed(block.name)
 
         self.index.on_added, self.index.on_removed = came, left_memory
@@ -106,12 +106,19 @@ class Store:
             while self._wanted:
                 name, _ = self._wanted.popitem()  # the newest is likely to stand behind others that are wanted
                 names = holders.chain(name)
+                for one in names:
+                    self._wanted.pop(one, None)  # it comes with this one
                 if names and self.count(names) < len(names):
                     await self.bring(names)  # what is here need not be fetched
                     await fetcher.fetch(names, Deadline(_FETCH_S), request_id="")
                 if self._disk is not None:
                     await self._write(self._disk, names)
             self._is_wanted.clear()
+
+    async def settled(self) -> None:
+        """Returns when nothing is being read from disk, for calls that were cut either."""
+        async with self._promoting:
+            return
 
     async def _promote(self, disk: DiskTier, on_disk: Sequence[CachedBlock], names: Sequence[bytes]) -> None:
         pools, run = self.index.pools, self.index.find(names)
@@ -122,9 +129,8 @@ class Store:
             if not pools.try_extend(held, end * pools.block_tokens):
                 return
             loaded, error = await in_thread(self._load, disk, on_disk[first:end], first, held)
-            for name, refs in zip(names[first:], loaded, strict=False):
-                self.index.extend(run, name, refs)
-            self._metrics.promoted_blocks.inc(len(loaded))
+            added = self.index.extend_or_join(run, names[first : first + len(loaded)], loaded, held)
+            self._metrics.promoted_blocks.inc(added)
             if error is not None:
                 disk.discard(on_disk[first + len(loaded)], error)
         finally:
@@ -178,4 +184,4 @@ class Store:
             self._disk.index.check_integrity()
 
     def _is_on_disk(self, name: bytes) -> bool:
-        return self._disk is not None and bool(self._disk.find([name]))
+        return self._disk is not None and name in self._disk.index

@@ -60,6 +60,9 @@ class PrefixIndex:
     def __len__(self) -> int:
         return len(self._blocks)
 
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._blocks
+
     def __iter__(self) -> Iterator[CachedBlock]:
         """All blocks, each after the one before it. Nothing may come or go meanwhile."""
         for block in self._blocks.values():
@@ -76,12 +79,17 @@ class PrefixIndex:
         """Whether it never holds anything."""
         return not self._blocks_max
 
+    def get(self, name: bytes) -> CachedBlock | None:
+        """The block of a name; None: it is not here."""
+        return self._blocks.get(name)
+
     def find(self, names: Sequence[bytes]) -> list[CachedBlock]:
-        """The longest run of blocks, from the first name on, that is here."""
-        run = []
+        """The longest run of blocks, from the first name on, that is here: block 0, and each behind the one before it,
+        whatever names somebody asks for."""
+        run: list[CachedBlock] = []
         for name in names:
             block = self._blocks.get(name)
-            if block is None:
+            if block is None or block.parent is not (run[-1] if run else None):
                 break
             run.append(block)
         return run
@@ -140,6 +148,27 @@ class PrefixIndex:
         self.pools.give_back(own)
         run.append(block)
         return True
+
+    def extend_or_join(
+        self, run: list[CachedBlock], names: Sequence[bytes], refs: Sequence[Sequence[BlockRef]], held: Slabs
+    ) -> int:
+        """Adds sealed blocks behind a run, one after the other; goes on from those that somebody else has put there
+        meanwhile, and ends where neither is possible.
+
+        Args:
+            names: of the blocks, from the first behind the run on.
+            held: slabs of the run and of the blocks, see `join`.
+
+        Returns:
+            How many were added.
+        """
+        added = 0
+        for name, block_refs in zip(names, refs, strict=True):
+            if self.extend(run, name, block_refs):
+                added += 1
+            elif not self.join(run, name, held):
+                break
+        return added
 
     def make_room(self, missing: Mapping[SlabKind, int]) -> None:
         """Evicts until so many slabs of each kind are free; no more are missing than are available."""

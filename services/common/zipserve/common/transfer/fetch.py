@@ -8,6 +8,7 @@ from zipserve.common import log, tracing
 from zipserve.common.errors import BlockSwappedError, ZipserveError
 from zipserve.common.kv.header import SHORT_HASH_BYTES
 from zipserve.common.kv.holders import HolderKey, Holders
+from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.seals import Seals
@@ -129,7 +130,7 @@ class PrefixFetcher:
         return best, runs[best] if best else 0
 
     async def _read(self, holder: HolderKey, names: Sequence[bytes], deadline: Deadline, request_id: str) -> int:
-        """Reads the blocks that are missing here; returns how many there are more now."""
+        """Reads the blocks that are missing here, as far as there is room; returns how many there are more now."""
         stub = await self._puller.store_stub(*holder)
         request = kv_store_service_pb2.PinRequest(
             layout_fingerprint=self._seals.layout.fingerprint, prefix_hashes=names
@@ -142,7 +143,8 @@ class PrefixFetcher:
         claims = self._puller.open(pinned.handle)
         async with self._puller.lease(claims, request_id) as lease:
             self._check(claims, names)
-            return await self._pull(lease, claims, names[: pinned.blocks], deadline)
+            # as many as the handle has, whatever else the holder tells: only these are read
+            return await self._pull(lease, claims, names[: claims.tokens // self._index.pools.block_tokens], deadline)
 
     def _check(self, claims: kv_pb2.KvClaims, names: Sequence[bytes]) -> None:
         """Asserts that what is offered is what was asked for."""
@@ -155,16 +157,14 @@ class PrefixFetcher:
         pools = self._index.pools
         run = self._index.find(names)
         held, first = self._index.hold(run), len(run)
+        names = names[: first + pools.available(SlabKind.BLOCK)]
         try:
             if not pools.try_extend(held, len(names) * pools.block_tokens):
                 return 0
             wanted = [_local(ref, held, first, pools.block_tokens) for ref in claims.refs]
             await lease.pull(wanted, deadline)
             refs = await in_thread(self._sealed, held, names, first)
-            for name, block_refs in zip(names[first:], refs, strict=True):
-                # one that has come in another way meanwhile takes the place of ours
-                if not (self._index.extend(run, name, block_refs) or self._index.join(run, name, held)):
-                    break
+            self._index.extend_or_join(run, names[first:], refs, held)
             return len(run) - first
         finally:
             self._give_back(held)
@@ -180,8 +180,8 @@ class PrefixFetcher:
 
 
 def _local(ref: kv_pb2.BlockRef, held: Slabs, first: int, block_tokens: int) -> int | None:
-    """The slab for a reference; None for blocks before the first that is missing."""
+    """The slab for a reference; None for blocks before the first that is missing, and for those without room."""
     block = ref.start_position // block_tokens
-    if block < first:
+    if not first <= block < len(held.blocks):
         return None
     return held.sinks[0] if ref.kind == kv_pb2.SLAB_KIND_SINKS else held.blocks[block]

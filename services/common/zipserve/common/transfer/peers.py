@@ -126,10 +126,9 @@ class Peers:
         )
         self._resources.push_async_callback(self.fetcher.close)
         self.sharing.attach(shelf)  # before anybody hears of what is here
-        self._writer = await self._resources.enter_async_context(
-            DirectoryWriter(settings, self._incarnation, shelf.entries)
-        )
-        shelf.watch(self._tell_added, self._tell_removed)
+        self._writer = DirectoryWriter(settings, self._incarnation, shelf.entries)
+        shelf.watch(self._tell_added, self._tell_removed)  # before the writer lists what is there
+        await self._resources.enter_async_context(self._writer)
         await self._resources.enter_async_context(DirectoryView(settings, self.registry, self.holders, on_added))
         self._loops += [
             asyncio.create_task(self.source.run_reaper(), name="lease-reaper"),

@@ -151,8 +151,9 @@ class KvPuller:
 
     async def connect_early(self, records: list[WorkerRecord]) -> None:
         """Connects to workers whose layout we read and that we do not know yet, so that no request pays for it."""
-        for worker_id in [w for w in self._peers if self._registry.find(w) is None]:
-            await self._transport.disconnect(self._peers.pop(worker_id).agent)  # it will come back with another name
+        for worker_id, peer in list(self._peers.items()):
+            if self._registry.find(worker_id) is None and self._peers.pop(worker_id, None) is not None:
+                await self._transport.disconnect(peer.agent)  # it will come back with another name
         for record in records:
             peer = self._peers.get(record.worker_id)
             known = peer is not None and peer.incarnation == record.incarnation
@@ -182,10 +183,10 @@ class KvPuller:
         types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
         try:
             size_bytes = await self._transport.read(peer.agent, ranges, types, deadline.remaining_s())
-        except BaseException:  # also when it is cancelled
-            if self._peers.get(claims.worker_id) is peer:
-                del self._peers[claims.worker_id]  # the transport has dropped it; the next pull connects anew
-            raise
+        finally:
+            # else the transport has dropped it, and the next pull connects anew
+            if self._peers.get(claims.worker_id) is peer and not self._transport.is_connected(peer.agent):
+                del self._peers[claims.worker_id]
         read_s = time.monotonic()
         self._metrics.transfer_bytes.inc(size_bytes)
         self._metrics.transfer_seconds.observe(read_s - started_s)

@@ -65,6 +65,9 @@ class Transport(Protocol):
             TransferError: the metadata is not usable.
         """
 
+    def is_connected(self, peer: str) -> bool:
+        """Whether a read of it has a chance."""
+
     async def disconnect(self, peer: str) -> None:
         """Forgets a peer; connecting to it again is possible."""
 

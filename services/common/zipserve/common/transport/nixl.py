@@ -149,6 +149,9 @@ class NixlTransport:
     async def connect(self, metadata: bytes) -> str:
         return await self._in_thread(lambda: self._connect(metadata))
 
+    def is_connected(self, peer: str) -> bool:
+        return peer in self._peers
+
     async def disconnect(self, peer: str) -> None:
         await self._in_thread(lambda: self._drop(peer, TransferError(f"{peer} has been disconnected")))
 
