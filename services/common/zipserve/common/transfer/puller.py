@@ -151,9 +151,10 @@ class KvPuller:
 
     async def connect_early(self, records: list[WorkerRecord]) -> None:
         """Connects to workers whose layout we read and that we do not know yet, so that no request pays for it."""
-        for worker_id, peer in list(self._peers.items()):
-            if self._registry.find(worker_id) is None and self._peers.pop(worker_id, None) is not None:
-                await self._transport.disconnect(peer.agent)  # it will come back with another name
+        for worker_id in [w for w in self._peers if self._registry.find(w) is None]:
+            gone = self._peers.pop(worker_id, None)  # a pull that failed may have forgotten it meanwhile
+            if gone is not None:
+                await self._transport.disconnect(gone.agent)  # it will come back with another name
         for record in records:
             peer = self._peers.get(record.worker_id)
             known = peer is not None and peer.incarnation == record.incarnation
