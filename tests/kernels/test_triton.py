@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -18,29 +19,44 @@ import pytest
 import triton_resources
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_numbers_in_the_interpreter() -> None:
-    """The tests that run on a GPU where one is."""
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """All of them at once, for each has use for one core only: the interpreter, and a compiler for each target."""
     cases = Path(__file__).parent / "triton_cases"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={cases}", str(cases)]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    tests = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert tests.returncode == 0, tests.stdout + tests.stderr
-    assert "skipped" not in tests.stdout
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--confcutdir={cases}", str(cases)]
+    started = {"interpreter": _start(tests, TRITON_INTERPRET="1")}
+    for target in triton_resources.SHARED_BYTES_MAX:
+        cache = str(tmp_path_factory.mktemp(target))
+        command = [sys.executable, triton_resources.__file__, target]
+        started[target] = _start(command, TRITON_CACHE_DIR=cache, TRITON_DEFAULT_FP_FUSION="1")
+    yield started
+    for process in started.values():
+        process.kill()
+        process.communicate()
+
+
+def _start(command: list[str], **changes: str) -> subprocess.Popen[str]:
+    environment = {name: text for name, text in os.environ.items() if name != "TRITON_INTERPRET"} | changes
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
+def test_numbers_in_the_interpreter(processes: dict[str, subprocess.Popen[str]]) -> None:
+    """The tests that run on a GPU where one is."""
+    out, err = processes["interpreter"].communicate()
+    assert processes["interpreter"].returncode == 0, out + err
+    assert "skipped" not in out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("target", triton_resources.SHARED_BYTES_MAX)
-def test_compiled_kernels_fit_the_device(target: str, tmp_path: Path) -> None:
+def test_compiled_kernels_fit_the_device(target: str, processes: dict[str, subprocess.Popen[str]]) -> None:
     """None spills registers or takes more shared memory than there is; prints what each takes."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, triton_resources.__file__, target]
-    compiled = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert compiled.returncode == 0, compiled.stderr
-    kernels = [json.loads(line) for line in compiled.stdout.splitlines()]
+    out, err = processes[target].communicate()
+    assert processes[target].returncode == 0, err
+    kernels = [json.loads(line) for line in out.splitlines()]
     for kernel in kernels:
         sys.stdout.write("{op:10} {kernel:18} {case:20} {target:6}".format(**kernel))
         sys.stdout.write("{registers:4} registers {shared_bytes:6} B shared {spills:3} spills\n".format(**kernel))
