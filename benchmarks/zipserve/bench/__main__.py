@@ -12,6 +12,8 @@ BENCHMARKS = {
     "kernels": "operations on KV blocks beside references, SDPA and the memory's bandwidth",
     "claims": "ZipCache's claims about latency and size, side by side on a served model",
     "prefix": "prompts that begin alike: what finding their blocks saves, on whole stacks",
+    "serve": "an open loop of requests against an endpoint or a stack: latencies, rates, goodput",
+    "router": "what one router process adds, and how many tokens go through it, before stub workers",
     "transfer": "KV pulls between two processes beside raw NIXL and memcpy, and the bytes that they move",
 }
 _INTERRUPTED = 128 + 2

@@ -5,7 +5,7 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 
-from zipserve.cli.client import Event
+from zipserve.client import Event
 from zipserve.v1.inference_service_pb2 import Delta, Finished, PromptLogprobs, Started
 from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 

@@ -5,8 +5,8 @@ import sys
 import time
 
 from zipserve.cli.answer import Answer
-from zipserve.cli.client import Client, Message
 from zipserve.cli.generate import ask, explain, receive, write
+from zipserve.client import Client, Message
 from zipserve.common.errors import ZipserveError
 
 _HELP = "/reset forgets the conversation, /quit or Ctrl-D leaves, Ctrl-C ends an answer."

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from zipserve.cli.answer import Answer
-from zipserve.cli.client import Client, Message, Stream
+from zipserve.client import Client, Message, Stream
 from zipserve.common.errors import OverloadedError, WorkerLostError, ZipserveError
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from zipserve.cli import generate, plan
 from zipserve.cli.answer import Answer
-from zipserve.cli.client import Client
 from zipserve.cli.console import Console, obituary, progress, summary
 from zipserve.cli.parser import DEFAULT_ADDRESS, DEFAULT_PROMPT
 from zipserve.cli.readiness import Readiness, UpSettings, redis_ready
 from zipserve.cli.supervisor import Child, Death, Supervisor
+from zipserve.client import Client
 from zipserve.common.errors import ZipserveError
 
 _KILL_MARGIN_S = 5.0
@@ -174,7 +174,7 @@ class Lifecycle:
             try:
                 await asyncio.shield(receiving)
             finally:
-                stream.cancel()  # which ends the thread, should we be the ones who are cancelled
+                stream.close()  # which ends the thread, should we be the ones who are cancelled
                 with suppress(ZipserveError):
                     await receiving
                 generate.write("\n")

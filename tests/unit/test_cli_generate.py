@@ -1,93 +1,26 @@
-"""The client and the commands on top of it, against a small server in this process."""
+"""The commands that talk to a router, against a small server in this process."""
 
 import io
 import json
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
-from typing import Any
+from collections.abc import Iterator
 
-import grpc
 import pytest
-from google.protobuf.duration_pb2 import Duration
-from grpc_status import rpc_status
 
+from inference_server import FINISHED, STARTED, WHOLE, FakeInference, delta, serving
 from zipserve.cli.__main__ import main
 from zipserve.cli.answer import Answer
-from zipserve.cli.client import Client, Message, Stream
-from zipserve.common.errors import DeadlineError, InternalError, OverloadedError, WorkerLostError, ZipserveError
-from zipserve.common.rpc.status import to_status
+from zipserve.client import Stream
+from zipserve.client.retry import Attempts, Retry
+from zipserve.common.errors import InternalError, OverloadedError
 from zipserve.v1.inference_service_pb2 import (
     Delta,
     Finished,
     GenerateRequest,
     GenerateResponse,
-    KvTransfer,
-    ListModelsRequest,
-    ListModelsResponse,
-    Model,
     PromptLogprobs,
-    Started,
-    Timings,
-    Usage,
 )
-from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
-from zipserve.v1.sampling_pb2 import FinishReason, SamplingParams, StopConditions, TokenLogprobs
-
-STARTED = GenerateResponse(started=Started(request_id="r-1", model="m", prompt_tokens=5, seed=7))
-FINISHED = GenerateResponse(
-    finished=Finished(
-        reason=FinishReason.FINISH_REASON_STOP,
-        usage=Usage(prompt_tokens=5, completion_tokens=3),
-        timings=Timings(prefill=Duration(nanos=20_000_000), transfer=Duration(nanos=1_500_000)),
-        kv_transfer=KvTransfer(bytes=3 << 20, blocks=2, tokens=300),
-    )
-)
-
-
-def _delta(index: int, token_ids: Sequence[int], text: str) -> GenerateResponse:
-    return GenerateResponse(delta=Delta(index=index, token_ids=token_ids, text=text))
-
-
-WHOLE = [STARTED, _delta(0, [1], "Par"), _delta(1, [2, 3], "is."), FINISHED]
-Script = Callable[[GenerateRequest, Any], Iterator[GenerateResponse]]
-
-
-class FakeInference(InferenceServiceServicer):
-    """Answers as the test says, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.script: Script
-        self.answer(WHOLE)
-        self.requests: list[GenerateRequest] = []
-        self.cancelled = threading.Event()
-
-    def Generate(self, request: GenerateRequest, context: Any) -> Iterator[GenerateResponse]:
-        self.requests.append(request)
-        yield from self.script(request, context)
-
-    def ListModels(self, request: ListModelsRequest, context: Any) -> ListModelsResponse:
-        return ListModelsResponse(models=[Model(id="m", context_tokens=10)])
-
-    def answer(self, responses: Sequence[GenerateResponse]) -> None:
-        self.script = lambda _request, _context: iter(responses)
-
-    def fail(self, error: ZipserveError, first: Sequence[GenerateResponse] = ()) -> None:
-        def script(request: GenerateRequest, context: Any) -> Iterator[GenerateResponse]:
-            yield from first
-            context.abort_with_status(rpc_status.to_status(to_status(error)))
-
-        self.script = script
-
-    def hang(self, *first: GenerateResponse) -> None:
-        def script(request: GenerateRequest, context: Any) -> Iterator[GenerateResponse]:
-            if not context.add_callback(self.cancelled.set):
-                self.cancelled.set()
-            yield from first
-            self.cancelled.wait(10)
-
-        self.script = script
+from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions, TokenLogprobs
 
 
 @pytest.fixture
@@ -97,12 +30,8 @@ def fake() -> FakeInference:
 
 @pytest.fixture
 def address(fake: FakeInference) -> Iterator[str]:
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    add_InferenceServiceServicer_to_server(fake, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}"
-    server.stop(0).wait()
+    with serving(fake) as address:
+        yield address
 
 
 def _events(*responses: GenerateResponse) -> Stream:
@@ -116,93 +45,7 @@ def _events(*responses: GenerateResponse) -> Stream:
         def cancel(self) -> bool:
             return True
 
-    return Stream(Call())
-
-
-def test_events_come_typed_and_in_order(fake: FakeInference, address: str) -> None:
-    with Client(address) as client:
-        events = list(client.generate("once upon"))
-        assert [model.id for model in client.models()] == ["m"]
-    assert [type(event) for event in events] == [Started, Delta, Delta, Finished]
-    request = fake.requests[0]
-    assert request.WhichOneof("prompt") == "text"
-    assert request.text == "once upon"
-    sampling, stop = request.sampling, request.stop
-    assert not any(sampling.HasField(name) for name in ("temperature", "top_k", "top_p", "seed"))
-    assert not stop.HasField("max_tokens")
-
-
-def test_parameters_and_conversations_reach_the_server(fake: FakeInference, address: str) -> None:
-    with Client(address) as client:
-        messages = [Message("system", "be brief"), Message("user", "hi")]
-        parameters: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 0.5, "seed": 2**63}
-        list(client.generate(messages, model="m", max_tokens=9, stop=["\n"], **parameters))
-    request = fake.requests[0]
-    assert [(message.role, message.content) for message in request.chat.messages] == [
-        ("system", "be brief"),
-        ("user", "hi"),
-    ]
-    sampling = request.sampling
-    assert sampling.HasField("temperature")
-    assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.seed) == (0.0, 0, 0.5, 2**63)
-    assert sampling.HasField("top_k")
-    assert (request.model, request.stop.max_tokens, list(request.stop.stop)) == ("m", 9, ["\n"])
-
-
-def test_a_typed_error_arrives_after_what_came_before(fake: FakeInference, address: str) -> None:
-    fake.fail(OverloadedError("full: 4 of 4 requests", retry_after_s=2.5), WHOLE[:2])
-    with Client(address) as client:
-        stream = client.generate("x")
-        assert isinstance(next(stream), Started)
-        assert isinstance(next(stream), Delta)
-        with pytest.raises(OverloadedError, match="full: 4 of 4 requests") as raised:
-            next(stream)
-    assert raised.value.retry_after_s == 2.5
-
-
-def test_leaving_the_stream_cancels_the_call(fake: FakeInference, address: str) -> None:
-    fake.hang(STARTED)
-    with Client(address) as client:
-        with client.generate("x") as stream:
-            next(stream)
-            assert not fake.cancelled.is_set()
-        assert fake.cancelled.wait(10)
-
-
-def test_the_deadline_ends_the_call(fake: FakeInference, address: str) -> None:
-    fake.hang(STARTED)
-    with Client(address) as client, pytest.raises(DeadlineError):
-        list(client.generate("x", timeout_s=0.05))
-    assert fake.cancelled.wait(10)
-
-
-def test_an_unreachable_server_is_told(unused_tcp_port: int) -> None:
-    with Client(f"127.0.0.1:{unused_tcp_port}") as client:
-        with pytest.raises(WorkerLostError):
-            list(client.generate("x"))
-        with pytest.raises(WorkerLostError):
-            client.models()
-
-
-@pytest.mark.parametrize(
-    "responses",
-    [
-        [STARTED, _delta(0, [1], "a"), _delta(2, [3], "c"), FINISHED],  # a token is lost
-        [STARTED, _delta(0, [1], "a"), _delta(0, [1], "a"), FINISHED],  # a token is repeated
-        [STARTED, _delta(0, [1], "a")],  # the end is lost
-        [_delta(0, [1], "a"), FINISHED],  # the start is lost
-        [STARTED, STARTED, FINISHED],
-        [STARTED, FINISHED, FINISHED],
-        [],
-    ],
-)
-def test_a_broken_stream_is_refused(responses: list[GenerateResponse]) -> None:
-    with pytest.raises(InternalError):
-        list(_events(*responses))
-
-
-def test_an_event_of_a_later_version_is_skipped() -> None:
-    assert [type(event) for event in _events(STARTED, GenerateResponse(), FINISHED)] == [Started, Finished]
+    return Stream(Call, Attempts(Retry(), None))
 
 
 def test_measurements_of_an_answer() -> None:
@@ -222,7 +65,7 @@ def test_measurements_of_an_answer() -> None:
 def test_an_answer_of_one_token_has_no_tpot() -> None:
     answer = Answer(asked_at_s=0.0)
     assert (answer.ttft_s, answer.tpot_s, answer.statistics()) == (None, None, ["the answer was not finished"])
-    for event in _events(STARTED, _delta(0, [1], ""), FINISHED):
+    for event in _events(STARTED, delta(0, [1], ""), FINISHED):
         answer.add(event, 1.0)
     assert (answer.ttft_s, answer.tpot_s) == (1.0, None)
 

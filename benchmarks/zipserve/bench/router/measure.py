@@ -1,0 +1,163 @@
+"""Loads for a router before stub workers, and what they show."""
+
+import asyncio
+import random
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from zipserve.bench.router.rig import Usage
+from zipserve.bench.serve import arrivals as schedule
+from zipserve.bench.serve.arrivals import Arrival
+from zipserve.bench.serve.drive import drive, warm_up
+from zipserve.bench.serve.endpoints import GrpcEndpoint
+from zipserve.bench.serve.records import quantile
+from zipserve.client import AsyncClient
+from zipserve.common.errors import InternalError
+from zipserve.v1.inference_service_pb2 import GenerateRequest, GenerateResponse, TokenIds
+from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions
+
+_GENERATE = "/zipserve.v1.InferenceService/Generate"
+_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is measured."""
+
+    rate: float = 50.0
+    """Requests per second of the open loop."""
+    requests: int = 1_000
+    prompt_words: int = 128
+    answer_tokens: int = 16
+    streams: int = 64
+    """At the same time, where tokens per second are counted."""
+    stream_tokens: int = 1_000
+    lives: int = 20_000
+    """Requests over which memory is watched."""
+    lives_before: int = 2_000
+    """Those of them after which it is looked at first."""
+
+
+QUICK = Size(requests=50, streams=8, stream_tokens=100, lives=200, lives_before=100)
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What the router adds to the time to the first token, in seconds."""
+
+    p50_s: float
+    p99_s: float
+    lag_p99_s: float
+    """By how much the client itself was late; counts in the above."""
+    cpu_s: float
+    """Of the router, for one request."""
+
+
+async def latency(address: str, router: Usage, size: Size) -> Latency:
+    """An open loop of text prompts. What the stub says to have taken for the prompt is not the router's.
+
+    Raises:
+        InternalError: a request failed.
+    """
+    randomness = random.Random(1)  # noqa: S311  the same load in every run
+    at = schedule.times("poisson", size.rate, randomness)
+    due = [Arrival(next(at), size.prompt_words, size.answer_tokens) for _ in range(size.requests)]
+    prompts = [" ".join(f"word{randomness.randrange(1000)}" for _ in range(a.prompt_tokens)) for a in due]
+    async with AsyncClient(address) as client:
+        ask = GrpcEndpoint(client, _TIMEOUT_S).ask
+        await warm_up(ask, due[:50], [*prompts[:50]])
+        before_s = router.cpu_s()
+        records = await drive(ask, due, [*prompts])
+        cpu_s = router.cpu_s() - before_s
+    failed = [record.error for record in records if record.error or record.tokens != size.answer_tokens]
+    if failed:
+        raise InternalError(f"{len(failed)} of {len(records)} requests failed: {failed[0]!r}")
+    added = [record.ttft_s - record.server["prefill_s"] - record.server["queue_s"] for record in records]
+    lags = [record.lag_s for record in records]
+    return Latency(quantile(added, 0.5), quantile(added, 0.99), quantile(lags, 0.99), cpu_s / len(records))
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Of many streams at the same time."""
+
+    tokens_per_s: float
+    tokens_per_cpu_s: float
+    """For each second that the router computed: what it could do if nothing else held it back."""
+    messages_per_token: float
+
+
+async def throughput(address: str, router: Usage, size: Size) -> Throughput:
+    """Streams of tokens, all at once. Answers are read when the clock has stopped.
+
+    Raises:
+        InternalError: a stream lacks tokens.
+    """
+    request = GenerateRequest(
+        token_ids=TokenIds(ids=[1000] * 16),
+        sampling=SamplingParams(temperature=0.0),
+        stop=StopConditions(max_tokens=size.stream_tokens, ignore_eos=True),
+    ).SerializeToString()
+    async with grpc.aio.insecure_channel(address) as channel:
+        generate: Any = channel.unary_stream(_GENERATE)
+
+        async def stream() -> list[bytes]:
+            return [response async for response in generate(request, timeout=_TIMEOUT_S)]
+
+        await stream()
+        before_s, started_s = router.cpu_s(), time.perf_counter()
+        answers = await asyncio.gather(*(stream() for _ in range(size.streams)))
+        seconds, cpu_s = time.perf_counter() - started_s, router.cpu_s() - before_s
+    for answer in answers:
+        _check(answer, size.stream_tokens)
+    tokens = size.streams * size.stream_tokens
+    messages = sum(len(answer) for answer in answers)
+    return Throughput(tokens / seconds, tokens / max(cpu_s, 0.01), messages / tokens)
+
+
+def _check(answer: list[bytes], tokens: int) -> None:
+    seen = 0
+    for data in answer:
+        response = GenerateResponse.FromString(data)
+        if response.HasField("delta"):
+            if response.delta.index != seen:
+                raise InternalError(f"a stream has token {response.delta.index} where {seen} was due")
+            seen += len(response.delta.token_ids)
+    if seen != tokens:
+        raise InternalError(f"a stream has {seen} tokens, not {tokens}")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Resident bytes of the router."""
+
+    before: int
+    after: int
+
+    @property
+    def growth(self) -> float:
+        """As a share of what there was before."""
+        return self.after / self.before - 1
+
+
+async def memory(address: str, router: Usage, size: Size) -> Memory:
+    """Short requests, as many at a time as there were streams."""
+    async with AsyncClient(address) as client:
+
+        async def live(count: int) -> None:
+            for _ in range(count):
+                async for _ in client.generate("Once upon a time", max_tokens=4, ignore_eos=True):
+                    pass
+
+        async def lives(count: int) -> None:
+            async with asyncio.TaskGroup() as running:
+                for i in range(size.streams):
+                    running.create_task(live(len(range(i, count, size.streams))))
+
+        await lives(size.lives_before)
+        before = router.memory_bytes()
+        await lives(size.lives - size.lives_before)
+        return Memory(before, router.memory_bytes())

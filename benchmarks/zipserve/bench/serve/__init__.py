@@ -1,0 +1,1 @@
+"""`zipserve bench serve`: an endpoint under a load that does not wait for it."""
