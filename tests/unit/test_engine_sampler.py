@@ -1,7 +1,9 @@
 """What a sampler does to logits before it draws: against the definitions, written out."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipserve.common.errors import InvalidRequestError
+from zipserve.common.errors import InternalError, InvalidRequestError
+from zipserve.common.guide import Guide
+from zipserve.common.guide_matcher import GuideTokenizer
 from zipserve.common.sampling import LOGIT_BIAS_ENTRIES_MAX, Sampling
-from zipserve.engine.sampling import Sampler, sample
+from zipserve.engine.sampling import Drawn, Sampler, draw, sample
 
 VOCAB = 12
 GREEDY = Sampling(temperature=0.0)
@@ -142,3 +146,68 @@ def test_a_bias_out_of_range() -> None:
 @given(params)
 def test_the_message_says_all(p: Sampling) -> None:
     assert Sampling.from_proto(p.to_proto()) == replace(p, min_p=float(np.float32(p.min_p)))
+
+
+EOS = 2
+
+
+@pytest.fixture(scope="module")
+def guides(tiny_model: Path) -> GuideTokenizer:
+    return GuideTokenizer.load(tiny_model, 260, [EOS])
+
+
+def guided(
+    guides: GuideTokenizer, regex: str, p: Sampling, min_tokens: int = 0, stops: tuple[int, ...] = (EOS,)
+) -> Sampler:
+    matcher = guides.matcher(Guide("regex", (regex,)))
+    return Sampler(p, [5], prompt_tokens=1, min_tokens=min_tokens, stop_token_ids=stops, guide=matcher)
+
+
+@given(st.integers(0, 1 << 20), st.sampled_from([0.0, 1.0, 50.0]), st.sampled_from([0.0, 0.5]), st.integers(0, 3))
+def test_only_what_a_guide_allows_is_drawn(
+    guides: GuideTokenizer, seed: int, temperature: float, min_p: float, min_tokens: int
+) -> None:
+    """Of few likely tokens that the guide does not allow, at any temperature and after any penalty, nothing is left."""
+    p = Sampling(temperature, min_p=min_p, seed=seed, repetition_penalty=4.0, logit_bias=((7, 100.0), (EOS, 100.0)))
+    sampler, drawn = guided(guides, "[ab]{2}c?", p, min_tokens), list[int]()
+    logits = torch.randn((4, 260), generator=torch.Generator().manual_seed(seed)) * 8
+    for position in range(1, 5):
+        (outcome,) = draw(logits[position - 1 : position], [sampler], [position])
+        assert isinstance(outcome, Drawn)
+        drawn.append(outcome.token_id)
+        assert outcome.complete == sampler.ended
+        if sampler.ended or drawn[-1] == EOS:
+            break
+    letters = [chr(ord("!") + token - 3) for token in drawn if token != EOS]
+    assert re.fullmatch("[ab]{2}c?", "".join(letters))
+    assert sampler.ended
+    assert EOS not in drawn or min_tokens < 3, "an end is put off while something else may follow"
+
+
+def test_an_end_that_does_not_end_is_drawn_only_where_nothing_else_may_follow(guides: GuideTokenizer) -> None:
+    logits = torch.zeros((1, 260))
+    logits[0, EOS] = 50.0
+    for stops, count in (((EOS,), 2), ((), 9)):
+        sampler, tokens = guided(guides, "a{1,9}", GREEDY, stops=stops), list[int]()
+        while not sampler.ended:
+            (outcome,) = draw(logits, [sampler], [1 + len(tokens)])
+            assert isinstance(outcome, Drawn)
+            tokens.append(outcome.token_id)
+        assert len(tokens) == count
+
+
+def test_a_guide_that_fails_leaves_the_other_rows_alone(guides: GuideTokenizer) -> None:
+    logits = torch.randn((3, 260), generator=torch.Generator().manual_seed(0))
+    matcher = guides.matcher(Guide("grammar", ("start: <|im_start|>",)))
+    samplers = [Sampler(Sampling(logprobs=1)), Sampler(Sampling(logprobs=1), [5], prompt_tokens=1, guide=matcher)]
+    outcomes = draw(logits, [*samplers, Sampler(Sampling())], [1, 1, 1])
+    assert [type(outcome) for outcome in outcomes] == [Drawn, InvalidRequestError, Drawn]
+    (alone,) = draw(logits[:1], [Sampler(Sampling(logprobs=1))], [1])
+    assert outcomes[0] == alone
+
+
+def test_a_model_that_rules_out_all_that_is_allowed(guides: GuideTokenizer) -> None:
+    logits = torch.full((1, 260), -math.inf)
+    logits[0, 200] = 0.0
+    (outcome,) = draw(logits, [guided(guides, "a", GREEDY)], [1])
+    assert isinstance(outcome, InternalError)

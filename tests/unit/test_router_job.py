@@ -167,6 +167,15 @@ def test_a_stop_string_is_not_searched_in_the_first_min_tokens() -> None:
     assert (chunk.text, output.finish, output.stop_string) == ("x", STOP, "END")
 
 
+def test_a_complete_text_is_a_stop_at_its_last_token() -> None:
+    output = transcript(job(max_tokens=3, stop=("END",)))
+    chunk = output.append(3, codes("aEN"), complete=True)
+    assert (chunk.token_ids, chunk.text, chunk.ends, output.finish) == ((97, 69, 78), "aEN", True, STOP)
+    cut = transcript(job(max_tokens=2))
+    assert cut.append(3, codes("abc"), complete=True).ends
+    assert cut.finish == LENGTH
+
+
 def test_half_a_character_comes_out_at_the_end() -> None:
     tokenizer = router_model.byte_tokenizer()
     half = tokenizer.encode("aé").ids[:2]

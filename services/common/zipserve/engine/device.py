@@ -4,6 +4,7 @@ import asyncio
 import functools
 import secrets
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, ParamSpec, TypeVar
 
@@ -12,9 +13,12 @@ from pydantic import Field, field_validator
 from transformers.utils.logging import disable_progress_bar
 
 from zipserve.common import __version__, log, models
+from zipserve.common.guide import Guide
+from zipserve.common.guide_matcher import GuideMatcher, GuideTokenizer
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC, Layout, SlabKind
 from zipserve.common.kv.refs import message_of
 from zipserve.common.settings import ServiceSettings
+from zipserve.common.threads import in_thread
 from zipserve.common.transport import ArenaInfo
 from zipserve.engine.cache import KvCache
 from zipserve.engine.engine import Engine
@@ -94,6 +98,8 @@ class Device:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self.beside = ThreadPoolExecutor(max_workers=1, thread_name_prefix="beside-device")
+        """For what goes into a step, and is found out while the device computes."""
         self.incarnation = secrets.randbits(64)
 
     async def start(self) -> None:
@@ -112,6 +118,20 @@ class Device:
     def close(self) -> None:
         """Waits for the running function and ends the thread."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self.beside.shutdown(wait=True, cancel_futures=True)
+
+    async def matchers(
+        self, guide: Guide | None, sequences: SequenceOf[SequenceOf[int]], prompt_tokens: int
+    ) -> list[GuideMatcher | None]:
+        """Follows a guide to the end of each sequence of token ids; all None without a guide.
+
+        Raises:
+            InvalidRequestError: see `GuideTokenizer.matcher`.
+        """
+        if guide is None:
+            return [None] * len(sequences)
+        follow = self._guides.matcher
+        return await in_thread(lambda: [follow(guide, token_ids, prompt_tokens) for token_ids in sequences])
 
     def slab_view(self, kind: SlabKind, slab: int) -> memoryview:
         """The bytes of a slab in host memory."""
@@ -155,6 +175,7 @@ class Device:
         disable_progress_bar()  # type: ignore[no-untyped-call]
         files = models.resolve(settings.model)
         self._model = load_ready(files, settings.dtype, settings.device, weights=settings.weights)
+        self._guides = GuideTokenizer.load(files.folder, self._model.vocab_tokens, self._model.eos_token_ids)
         self.layout = self._model.layout(codec=settings.codec, block_tokens=settings.block_tokens)
         self.cache = KvCache(
             self.layout,

@@ -5,7 +5,8 @@ So a request gives the same tokens whatever runs beside it, and goes on with the
 it over. What is asked for is applied in this order:
 
 1. the repetition penalty, then the frequency and presence penalties (zipserve.engine.penalties);
-2. logit_bias is added, and -inf to the ids that end the sequence while it has fewer than min_tokens generated tokens;
+2. logit_bias is added; tokens that the guide does not allow become -inf (zipserve.common.guide_matcher), and so do the
+   ids that end the sequence while it has fewer than min_tokens generated tokens, unless nothing else is left;
 3. the logits are divided by the temperature; 0 takes the highest one and ends here;
 4. top_k keeps the k most likely tokens;
 5. top_p keeps, of these, the smallest set of most likely ones whose share of their probability reaches it;
@@ -20,13 +21,15 @@ import hashlib
 import struct
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from zipserve.common.errors import InvalidRequestError
+from zipserve.common.errors import InternalError, InvalidRequestError, ZipserveError
+from zipserve.common.guide_matcher import GuideMatcher
 from zipserve.common.sampling import Sampling
 from zipserve.engine.logprobs import token_logprobs
 from zipserve.engine.penalties import TokenCounts
@@ -50,12 +53,15 @@ class Sampler:
         prompt_tokens: int = 0,
         min_tokens: int = 0,
         stop_token_ids: Iterable[int] = (),
+        guide: GuideMatcher | None = None,
     ) -> None:
         """
         Args:
             past: ids of the sequence so far; only looked at if `params` has a penalty.
             prompt_tokens: how many of the sequence's tokens are the client's prompt; what follows was generated.
             min_tokens: none of `stop_token_ids` is among so many first generated tokens.
+            guide: says which tokens may be drawn; it has followed those that were generated. Of its ids that end a
+                sequence, those that are not in `stop_token_ids` are drawn only where nothing else may come.
 
         Raises:
             InvalidRequestError: there is a penalty or min_tokens, and prompt_tokens cannot be right.
@@ -68,17 +74,41 @@ class Sampler:
         self.params = params
         self._counts = TokenCounts(past[:prompt_tokens], past[prompt_tokens:]) if params.penalizes else None
         self._free_from = prompt_tokens + min_tokens
-        self._stop_ids = np.array(sorted(stop_token_ids) if min_tokens else [], np.int64)
+        stops, ends = set(stop_token_ids), set(guide.eos_token_ids if guide else ())
+        self._avoided_first = np.array(sorted(stops | ends if min_tokens else ends - stops), np.int64)
+        self._avoided = np.array(sorted(ends - stops), np.int64)
+        self._guide = guide
         self._bias_ids = np.array([token_id for token_id, _ in params.logit_bias], np.int64)
         self._bias = np.array([bias for _, bias in params.logit_bias], np.float32)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the guide is complete with what was appended, and lets nothing follow."""
+        return self._guide is not None and self._guide.ended
+
+    def look_ahead(self, executor: Executor) -> None:
+        """Begins to find out in another thread what may be drawn next, if that takes any finding out."""
+        if self._guide is not None:
+            self._guide.look_ahead(executor)
+
     def append(self, token_id: int) -> None:
-        """Takes note of a generated token: the next one is drawn after it."""
+        """Takes note of a generated token: the next one is drawn after it.
+
+        Raises:
+            InvalidRequestError: the guide cannot be followed any further.
+        """
         if self._counts is not None:
             self._counts.add(token_id)
+        if self._guide is not None:
+            self._guide.advance(token_id)
 
     def draw(self, logits: _Floats, position: int) -> int:
-        """The token at a position, from float32 logits [vocab] without NaN, which are not changed."""
+        """The token at a position, from float32 logits [vocab] without NaN, which are not changed.
+
+        Raises:
+            InvalidRequestError: the guide cannot be followed any further.
+            InternalError: the model rules out all that the guide allows.
+        """
         logits = self._adjusted(logits, position)
         highest = int(logits.argmax())  # the first one, if several are highest
         if self.params.temperature == 0.0 or self.params.top_k == 1:
@@ -87,18 +117,22 @@ class Sampler:
 
     def _adjusted(self, logits: _Floats, position: int) -> _Floats:
         """Steps 1 and 2."""
-        stops = self._stop_ids if position < self._free_from else self._stop_ids[:0]
-        if self._counts is None and not len(self._bias_ids) and not len(stops):
+        avoided = self._avoided_first if position < self._free_from else self._avoided
+        if self._counts is None and not len(self._bias_ids) and not len(avoided) and self._guide is None:
             return logits
         logits = logits.copy()
-        stops = stops[stops < len(logits)]
+        avoided = avoided[avoided < len(logits)]
         if self._counts is not None:
             self._counts.penalize(logits, self.params)
         logits[self._bias_ids] += self._bias
-        held = logits[stops]
-        logits[stops] = -np.inf
+        if self._guide is not None:
+            logits[~self._guide.allowed()] = -np.inf
+        held = logits[avoided]
+        logits[avoided] = -np.inf
         if logits.max() == -np.inf:
-            logits[stops] = held  # there is nothing else to draw
+            logits[avoided] = held  # there is nothing else to draw
+            if self._guide is not None and logits.max() == -np.inf:
+                raise InternalError("the model rules out every token that the guide allows")
         return logits
 
 
@@ -108,17 +142,34 @@ class Drawn:
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    complete: bool = False
+    """Whether it completes what the guide asks for, so that nothing may follow."""
 
 
-def draw(logits: torch.Tensor, samplers: SequenceOf[Sampler], positions: SequenceOf[int]) -> list[Drawn]:
-    """Draws one token per row, like `sample`, and finds the log-probabilities that are asked for."""
-    token_ids = sample(logits, samplers, positions)
+def draw(
+    logits: torch.Tensor, samplers: SequenceOf[Sampler], positions: SequenceOf[int]
+) -> list[Drawn | ZipserveError]:
+    """Draws one token per row, like `sample`, appends it, and finds the log-probabilities that are asked for. Where a
+    guide fails, that row has its error."""
+    rows = logits.float().cpu().numpy()
+    outcomes: list[Drawn | ZipserveError] = [_try_draw(*row) for row in zip(samplers, rows, positions, strict=True)]
+    token_ids = {row: outcome.token_id for row, outcome in enumerate(outcomes) if isinstance(outcome, Drawn)}
     wanted = {row: s.params.logprobs for row, s in enumerate(samplers) if s.params.logprobs is not None}
-    found: dict[int, TokenLogprobs] = {}
     for top in set(wanted.values()):
-        rows = [row for row, of_row in wanted.items() if of_row == top]
-        found.update(zip(rows, token_logprobs(logits[rows], [token_ids[row] for row in rows], top), strict=True))
-    return [Drawn(token_id, found.get(row)) for row, token_id in enumerate(token_ids)]
+        of_top = [row for row, of_row in wanted.items() if of_row == top and row in token_ids]
+        found = token_logprobs(logits[of_top], [token_ids[row] for row in of_top], top)
+        for row, logprobs in zip(of_top, found, strict=True):
+            outcomes[row] = Drawn(token_ids[row], logprobs, samplers[row].ended)
+    return outcomes
+
+
+def _try_draw(sampler: Sampler, logits: _Floats, position: int) -> Drawn | ZipserveError:
+    try:
+        token_id = sampler.draw(logits, position)
+        sampler.append(token_id)
+    except ZipserveError as error:
+        return error
+    return Drawn(token_id, complete=sampler.ended)
 
 
 def sample(logits: torch.Tensor, samplers: SequenceOf[Sampler], positions: SequenceOf[int]) -> list[int]:

@@ -26,6 +26,9 @@ class Batch:
         streams = [stream for stream, _ in turns]
         for stream in streams:
             self._open(stream)
+        for stream, count in turns:
+            if stream.left <= count:  # it will draw
+                stream.continuation.sampling.look_ahead(self._device.beside)
         starts = [stream.sequence.length for stream in streams]
         step = self._device.engine.forward([stream.next_tokens(count) for stream, count in turns])
         for i, rows in step.every.items():

@@ -6,6 +6,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
 from zipserve.common.errors import InvalidRequestError, ZipserveError
+from zipserve.common.guide import Guide
 from zipserve.common.kv.prefix import PrefixChain, chain_salt
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
@@ -32,7 +33,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
         self, request: decode_service_pb2.DecodeRequest, context: Context
     ) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
         deadline = Deadline.of(context, self._deadline_default_s)
-        continuations = self._continuations(request)
+        continuations = await self._continuations(request)
         if request.prompt_token_ids:
             async with (
                 self._worker.computed(continuations[0], deadline) as stream,
@@ -70,22 +71,25 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
         finally:
             del self._streams[stream_id]
 
-    def _continuations(self, request: decode_service_pb2.DecodeRequest) -> list[Continuation]:
+    async def _continuations(self, request: decode_service_pb2.DecodeRequest) -> list[Continuation]:
         self._check(request)
         params = Sampling.from_proto(request.sampling)
         params.check_ids(self._device.vocab_tokens)
         newest = [(request.token_id, params.seed), *((sibling.token_id, sibling.seed) for sibling in request.siblings)]
         chain = self._chain(request)
+        sequences = [request.prompt_token_ids or [*request.past_token_ids, token_id] for token_id, _ in newest]
+        matchers = await self._device.matchers(Guide.of(request), sequences, request.prompt_tokens)
         return [
             Continuation(
                 request_id=request.request_id,
                 token_id=token_id,
                 sampling=Sampler(
                     replace(params, seed=seed),
-                    request.prompt_token_ids or [*request.past_token_ids, token_id],
+                    token_ids,
                     prompt_tokens=request.prompt_tokens,
                     min_tokens=request.min_tokens,
                     stop_token_ids=request.stop_token_ids,
+                    guide=matcher,
                 ),
                 max_new_tokens=request.max_new_tokens,
                 stop_token_ids=frozenset(request.stop_token_ids),
@@ -93,7 +97,7 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
                 prompt=tuple(request.prompt_token_ids),
                 chain=chain and chain.copy(),
             )
-            for token_id, seed in newest
+            for (token_id, seed), token_ids, matcher in zip(newest, sequences, matchers, strict=True)
         ]
 
     def _chain(self, request: decode_service_pb2.DecodeRequest) -> PrefixChain | None:
@@ -169,6 +173,7 @@ def _decoded(index: int, position: int, tokens: list[Drawn]) -> decode_service_p
         position=position,
         token_ids=[drawn.token_id for drawn in tokens],
         logprobs=[drawn.logprobs for drawn in tokens if drawn.logprobs is not None],
+        complete=tokens[-1].complete,
     )
 
 

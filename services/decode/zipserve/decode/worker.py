@@ -268,11 +268,10 @@ class DecodeWorker:
         token_id = drawn.token_id
         stream.output.put_nowait((stream.index, drawn))
         stream.next_input = token_id
-        stream.continuation.sampling.append(token_id)
         stream.generated += 1
         stream.ticket.tokens += 1
         self._metrics.generated_tokens.inc()
-        if token_id in stream.continuation.stop_token_ids:
+        if drawn.complete or token_id in stream.continuation.stop_token_ids:
             self._finish(stream, Finish(FinishReason.FINISH_REASON_STOP))
         elif stream.generated >= stream.continuation.max_new_tokens:
             self._finish(stream, Finish(FinishReason.FINISH_REASON_LENGTH))

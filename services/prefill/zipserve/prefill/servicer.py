@@ -1,6 +1,7 @@
 """PrefillService: protos to domain and back."""
 
 from zipserve.common.errors import InvalidRequestError, LayoutMismatchError
+from zipserve.common.guide import Guide
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
@@ -29,6 +30,10 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
         deadline.remaining_s()
         params = Sampling.from_proto(request.sampling)
         params.check_ids(self._device.vocab_tokens)
+        choices = range(request.choices or 1)
+        matchers = await self._device.matchers(
+            Guide.of(request), [request.token_ids for _ in choices], request.prompt_tokens
+        )
         samplers = [
             Sampler(
                 params.of_choice(choice),
@@ -36,8 +41,9 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
                 prompt_tokens=request.prompt_tokens,
                 min_tokens=request.min_tokens,
                 stop_token_ids=request.stop_token_ids,
+                guide=matcher,
             )
-            for choice in range(request.choices or 1)
+            for choice, matcher in zip(choices, matchers, strict=True)
         ]
         done = await self._worker.prefill(
             request.request_id,
@@ -55,10 +61,13 @@ class PrefillServicer(prefill_service_pb2_grpc.PrefillServiceServicer):
             logprobs=done.drawn[0].logprobs,
             prompt_logprobs=done.prompt_logprobs,
             other_choices=[
-                prefill_service_pb2.FirstToken(token_id=drawn.token_id, logprobs=drawn.logprobs)
+                prefill_service_pb2.FirstToken(
+                    token_id=drawn.token_id, logprobs=drawn.logprobs, complete=drawn.complete
+                )
                 for drawn in done.drawn[1:]
             ],
             cached_tokens=done.cached_tokens,
+            complete=done.drawn[0].complete,
         )
 
     async def ReleaseHandle(

@@ -251,10 +251,12 @@ class PrefillWorker:
 
     def _compute(self, chunks: list[Chunk[Prompt]]) -> list[_Outcome]:
         prompts = [chunk.job.payload for chunk in chunks]
-        step = self._device.engine.forward([_segment(chunk) for chunk in chunks])
         last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
         owners = [i for i in last for _ in prompts[i].samplers]
         samplers = [sampler for i in last for sampler in prompts[i].samplers]
+        for sampler in samplers:
+            sampler.look_ahead(self._device.beside)
+        step = self._device.engine.forward([_segment(chunk) for chunk in chunks])
         tokens = draw(step.logits[owners], samplers, [len(prompts[i].token_ids) for i in owners])
         outcomes: list[_Outcome] = [step.failed.get(i) for i in range(len(chunks))]
         for i, rows in step.every.items():
@@ -266,11 +268,17 @@ class PrefillWorker:
                 seal_blocks(self._seals, chunk)
         for i in last:
             drawn = [token for token, owner in zip(tokens, owners, strict=True) if owner == i]
-            try:
-                outcomes[i] = outcomes[i] or _Computed(drawn, seal_tail(self._seals, self._device.cache, chunks[i].job))
-            except KvValueError as error:
-                outcomes[i] = error
+            outcomes[i] = outcomes[i] or self._completed(chunks[i].job, drawn)
         return outcomes
+
+    def _completed(self, job: Job[Prompt], tokens: list[Drawn | ZipserveError]) -> _Outcome:
+        """Of a prompt whose last chunk was computed; the choices share what becomes of it."""
+        drawn = [token for token in tokens if isinstance(token, Drawn)]
+        failed = next((token for token in tokens if isinstance(token, ZipserveError)), None)
+        try:
+            return failed or _Computed(drawn, seal_tail(self._seals, self._device.cache, job))
+        except KvValueError as error:
+            return error
 
 
 def _segment(chunk: Chunk[Prompt]) -> Segment:

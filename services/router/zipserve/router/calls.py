@@ -23,6 +23,7 @@ def prefill_request(choices: Sequence[Choice], worker: Worker, sampling: Samplin
         stop_token_ids=sorted(job.stop_token_ids),
         choices=len(choices),
         cache_salt=job.cache_salt,
+        guide=job.guide.to_proto() if job.guide else None,
     )
 
 
@@ -45,6 +46,7 @@ def decode_request(
         prompt_tokens=len(job.prompt),
         min_tokens=job.min_tokens,
         cache_salt=job.cache_salt,
+        guide=job.guide.to_proto() if job.guide else None,
     )
     if answer is None:
         request.prompt_token_ids.extend(first.sequence)

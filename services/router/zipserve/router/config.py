@@ -30,6 +30,9 @@ class RouterSettings(ServiceSettings):
     """Longest stop string, in characters."""
     stop_token_ids_max: int = Field(256, ge=0)
     """Most stop token ids of a request."""
+    guide_compile_s: float = Field(2.0, gt=0.0)
+    """Longest time to compile what a request says of its output (a JSON Schema, a regular expression, a grammar), in
+    seconds; one that takes longer is refused."""
     deadline_default_s: float = Field(600.0, gt=0.0)
     """Longest time for a request, in seconds: its deadline where the client sets none or a later one."""
     local_prefill_tokens_max: int = Field(0, ge=-1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, InvalidRequestError, ModelNotFoundError, ZipserveError
+from zipserve.common.guide import Guide
 from zipserve.common.kv.holders import Holders
 from zipserve.common.metrics import Metrics
 from zipserve.common.models import ModelFiles
@@ -21,6 +22,7 @@ from zipserve.router.admission import Admission, Ticket
 from zipserve.router.choice import Choice, Report, job_of
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
+from zipserve.router.guides import GuideCheck
 from zipserve.router.job import (
     Job,
     check_cache_salt,
@@ -89,6 +91,7 @@ class Frontend:
         model: ModelFiles,
         facts: ModelFacts,
         tokenizer: PromptTokenizer,
+        guides: GuideCheck,
         workers: Workers,
         holders: Holders,
         metrics: Metrics,
@@ -99,6 +102,7 @@ class Frontend:
         self._settings = settings
         self._own_facts = facts
         self._tokenizer = tokenizer
+        self._guides = guides
         self._workers = workers
         self._metrics = metrics
         self._now = now
@@ -233,6 +237,9 @@ class Frontend:
         sampling.check_ids(facts.vocab_tokens)
         check_stop(request.stop, facts, self._settings)
         check_cache_salt(request.cache_salt)
+        guide = Guide.of(request)
+        if guide is not None:
+            await self._guides.check(guide)
         prompt = await self._encode(request)
         check_prompt(prompt, facts)
         check_prompt_logprobs(len(prompt), sampling)
@@ -249,6 +256,7 @@ class Frontend:
             priority=request.priority,
             min_tokens=request.stop.min_tokens,
             cache_salt=request.cache_salt,
+            guide=guide,
             n=n,
         )
         self._admission.reserve(ticket, len(prompt) + n * max_tokens, self._now())

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zipserve.common.errors import InvalidRequestError
+from zipserve.common.guide import Guide
 from zipserve.common.sampling import CHOICES_MAX, Sampling
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
@@ -35,6 +36,8 @@ class Job:
     """Generated tokens before which nothing but max_tokens ends it."""
     cache_salt: str = ""
     """Its KV is shared only with requests of the same one."""
+    guide: Guide | None = None
+    """What the output must look like."""
     n: int = 1
     """How many answers to the prompt are wanted."""
     choice: int = 0

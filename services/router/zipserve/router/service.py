@@ -7,6 +7,7 @@ import grpc
 
 from zipserve.common import log
 from zipserve.common.directory import DirectoryView
+from zipserve.common.guide_matcher import GuideTokenizer
 from zipserve.common.kv.holders import Holders
 from zipserve.common.metrics import Metrics
 from zipserve.common.models import resolve
@@ -15,6 +16,7 @@ from zipserve.common.rpc.channel import ChannelPool
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.router.frontend import Frontend
+from zipserve.router.guides import GuideCheck
 from zipserve.router.servicer import InferenceServicer
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.workers import GrpcWorkers
@@ -40,12 +42,16 @@ class RouterService:
         model = await asyncio.to_thread(resolve, self._settings.model)
         tokenizer = await asyncio.to_thread(PromptTokenizer.load, model.folder)
         facts = await asyncio.to_thread(ModelFacts.read, model.folder)
+        eos = sorted(facts.eos_token_ids)
+        vocabulary = await asyncio.to_thread(GuideTokenizer.load, model.folder, facts.vocab_tokens, eos)
+        guides = GuideCheck(vocabulary, self._settings.guide_compile_s)
+        self._resources.callback(guides.close)
         channels = await self._resources.enter_async_context(ChannelPool(self._settings.message_bytes_max))
         view = await self._resources.enter_async_context(RegistryView(self._settings))
         holders = Holders()
         await self._resources.enter_async_context(DirectoryView(self._settings, view, holders))
         self._workers = GrpcWorkers(view, channels)
-        self._frontend = Frontend(self._settings, model, facts, tokenizer, self._workers, holders, self.metrics)
+        self._frontend = Frontend(self._settings, model, facts, tokenizer, guides, self._workers, holders, self.metrics)
         _log.info("model.ready", model=model.name, revision=model.revision, context_tokens=facts.context_tokens)
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:

@@ -43,7 +43,7 @@ from zipserve.router.policy import (
 )
 from zipserve.router.prefixes import Prefixes
 from zipserve.router.transcript import Chunk
-from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest
+from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeRequest, DecodeResponse, EndSequenceRequest
 from zipserve.v1.inference_service_pb2 import PromptLogprobs
 from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import FirstToken, PrefillRequest, PrefillResponse
@@ -253,11 +253,16 @@ class Session:
             for told in self._tell_prompt(answer.prompt_logprobs):
                 yield told
             own = FirstToken(
-                token_id=answer.token_id, logprobs=answer.logprobs if answer.HasField("logprobs") else None
+                token_id=answer.token_id,
+                logprobs=answer.logprobs if answer.HasField("logprobs") else None,
+                complete=answer.complete,
             )
             for choice, first in zip(self._choices, [own, *answer.other_choices], strict=True):
                 logprobs = [first.logprobs] if first.HasField("logprobs") else []
-                yield self._append(choice, len(token_ids), [first.token_id], logprobs)
+                made = DecodedTokens(
+                    position=len(token_ids), token_ids=[first.token_id], logprobs=logprobs, complete=first.complete
+                )
+                yield self._append(choice, made)
             if self._unfinished():
                 timeout_s = self._deadline.remaining_s()
                 handed_over = True
@@ -336,7 +341,7 @@ class Session:
         if choice.transcript.finish is not None:  # by a stop string, which workers know nothing of
             return
         if kind == "tokens":
-            chunk = self._append(choice, event.tokens.position, event.tokens.token_ids, event.tokens.logprobs)
+            chunk = self._append(choice, event.tokens)
             if choice.transcript.stop_string is not None and self._unfinished():
                 ended = EndSequenceRequest(stream_id=self._stream_id, sequence=number)
                 self._workers.end_sequence(worker, ended, self._job.request_id)
@@ -355,10 +360,8 @@ class Session:
                     async for _ in events:
                         pass
 
-    def _append(
-        self, choice: Choice, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
-    ) -> Chunk:
-        chunk = choice.transcript.append(position, token_ids, logprobs)
+    def _append(self, choice: Choice, made: DecodedTokens) -> Chunk:
+        chunk = choice.transcript.append(made.position, made.token_ids, made.logprobs, complete=made.complete)
         if chunk.token_ids:
             choice.report.last_token_at_s = self._now()
             if choice.report.first_token_at_s is None:

@@ -61,8 +61,18 @@ class Transcript:
         """Tokens that may still be generated."""
         return self._job.max_tokens - len(self.token_ids)
 
-    def append(self, position: int, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] = ()) -> Chunk:
+    def append(
+        self,
+        position: int,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprobs] = (),
+        *,
+        complete: bool = False,
+    ) -> Chunk:
         """Takes the tokens that a worker made from `position` on; those after the end of the generation are dropped.
+
+        Args:
+            complete: the last of them completes what the guide asks for.
 
         Raises:
             InternalError: they do not follow the tokens before them, or lack the log-probabilities that were asked for.
@@ -73,10 +83,10 @@ class Transcript:
             raise InternalError(f"a worker sent tokens from position {position} on, expected {self.position}")
         start = len(self.token_ids)
         text = ""
-        for token_id in token_ids:
+        for i, token_id in enumerate(token_ids, start=1):
             if self.finish is not None:
                 break
-            text += self._append(token_id)
+            text += self._append(token_id, complete=complete and i == len(token_ids))
         taken = tuple(self.token_ids[start:])
         return Chunk(start, taken, text, tuple(logprobs[: len(taken)]), self._job.choice, self.finish is not None)
 
@@ -84,12 +94,14 @@ class Transcript:
         """Ends the generation at a worker's word, and returns the text still held back."""
         return Chunk(len(self.token_ids), (), self._end(reason), choice=self._job.choice, ends=True)
 
-    def _append(self, token_id: int) -> str:
+    def _append(self, token_id: int, *, complete: bool) -> str:
         self.token_ids.append(token_id)
         if token_id in self._job.stop_token_ids:
             return self._end(FinishReason.FINISH_REASON_STOP)
         text = self._release(self._detokenizer.push(token_id))
-        if self.finish is None and self.remaining == 0:
+        if self.finish is None and complete:
+            text += self._end(FinishReason.FINISH_REASON_STOP)
+        elif self.finish is None and self.remaining == 0:
             text += self._end(FinishReason.FINISH_REASON_LENGTH)
         return text
 
