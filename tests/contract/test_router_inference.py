@@ -20,6 +20,7 @@ from zipserve.v1.inference_service_pb2 import (
     ChatMessage,
     ChatPrompt,
     GenerateRequest,
+    GetModelRequest,
     ListModelsRequest,
     Model,
     TokenIds,
@@ -168,6 +169,7 @@ async def test_eos_ends_and_counts(alone: Cluster) -> None:
     await alone.add("d0", end_at=13)
     result = await answer(alone.generate(stop=StopConditions(max_tokens=50)))
     assert (result.finished.reason, result.token_ids[-1], len(result.token_ids)) == (STOP, 2, 4)
+    assert result.finished.stop_string == ""
     assert result.text == text_at(10, 3)
     ignoring = await answer(alone.generate(stop=StopConditions(max_tokens=50, ignore_eos=True)))
     assert (ignoring.finished.reason, len(ignoring.token_ids)) == (LENGTH, 50)
@@ -189,6 +191,7 @@ async def test_a_stop_string_ends_the_stream_and_the_decode(alone: Cluster) -> N
     stop = text_at(14, 3)
     result = await answer(alone.generate(stop=StopConditions(max_tokens=400, stop=[stop])))
     assert (result.finished.reason, result.text) == (STOP, text_at(10, 4))
+    assert result.finished.stop_string == stop
     assert result.token_ids == [token_at(10 + i) for i in range(7)]
     async with asyncio.timeout(5):
         await decode.cancelled.wait()
@@ -201,7 +204,17 @@ async def test_max_tokens_defaults_to_what_fits(cluster: Cluster) -> None:
 
 async def test_list_models(alone: Cluster) -> None:
     models = (await alone.stub.ListModels(ListModelsRequest())).models
-    assert list(models) == [Model(id="tiny", revision=alone.model.revision, context_tokens=512)]
+    tiny = Model(
+        id="tiny",
+        revision=alone.model.revision,
+        context_tokens=512,
+        vocab_tokens=259,
+        completion_tokens_max=1 << 15,
+        chat=True,
+    )
+    assert list(models) == [tiny]
+    for name in ("", "tiny"):
+        assert (await alone.stub.GetModel(GetModelRequest(model=name))).model == tiny
 
 
 async def test_health(alone: Cluster) -> None:

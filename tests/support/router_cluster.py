@@ -18,7 +18,14 @@ from zipserve.router.config import RouterSettings
 from zipserve.router.frontend import Frontend
 from zipserve.router.service import RouterService
 from zipserve.router.workers import GrpcWorkers
-from zipserve.v1.inference_service_pb2 import Finished, GenerateRequest, GenerateResponse, Started, TokenIds
+from zipserve.v1.inference_service_pb2 import (
+    Finished,
+    GenerateRequest,
+    GenerateResponse,
+    GenerateUnaryRequest,
+    Started,
+    TokenIds,
+)
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceStub
 from zipserve.v1.worker_service_pb2 import WorkerRole
 
@@ -53,6 +60,13 @@ class Cluster:
         if not {"text", "chat", "token_ids"} & set(request):
             request["token_ids"] = PROMPT
         return self.stub.Generate(GenerateRequest(**request), timeout=timeout, metadata=metadata)
+
+    def complete(self, *, timeout: float | None = 20.0, metadata: Any = None, **request: Any) -> Any:
+        """Starts the same call with the answer as a whole."""
+        if not {"text", "chat", "token_ids"} & set(request):
+            request["token_ids"] = PROMPT
+        asked = GenerateUnaryRequest(request=GenerateRequest(**request))
+        return self.stub.GenerateUnary(asked, timeout=timeout, metadata=metadata)
 
     @property
     def frontend(self) -> Frontend:
@@ -135,10 +149,13 @@ class Refusal:
 
 
 async def refusal(call: Any) -> Refusal:
-    """The error that a call ends with, with its google.rpc details."""
+    """The error that a call ends with, streamed or not, with its google.rpc details."""
     try:
-        async for _ in call:
-            pass
+        if not hasattr(call, "__aiter__"):
+            await call
+        else:
+            async for _ in call:
+                pass
     except grpc.aio.AioRpcError as error:
         return explain(error)
     raise AssertionError("the call succeeded")

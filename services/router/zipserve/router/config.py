@@ -14,6 +14,8 @@ class RouterSettings(ServiceSettings):
 
     model: str = DEFAULT_MODEL
     """Model to serve: a folder, a Hugging Face id, or the default model's name; the same as the workers'."""
+    reflection: bool = True
+    """Serve gRPC reflection, so that grpcurl and the like work without the protos."""
     requests_max: int = Field(256, ge=1)
     """Most requests in flight; more are refused with RESOURCE_EXHAUSTED."""
     queue_tokens_max: int = Field(1 << 19, ge=1)

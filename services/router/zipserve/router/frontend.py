@@ -6,8 +6,8 @@ Every wait lies within the request's deadline, a wait for the client to read inc
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 
 from zipserve.common import log
@@ -24,6 +24,7 @@ from zipserve.router.facts import ModelFacts
 from zipserve.router.job import (
     Job,
     check_cache_salt,
+    check_ids,
     check_min_tokens,
     check_prompt,
     check_prompt_logprobs,
@@ -37,7 +38,7 @@ from zipserve.router.prefixes import Prefixes
 from zipserve.router.session import Rules, Session, Workers
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.transcript import Chunk, Transcript
-from zipserve.v1.inference_service_pb2 import GenerateRequest, PromptLogprobs
+from zipserve.v1.inference_service_pb2 import GenerateRequest, Model, PromptLogprobs, TokenizeRequest
 from zipserve.v1.sampling_pb2 import FinishReason
 
 _log = log.get()
@@ -62,6 +63,8 @@ class Finished:
     decode_s: float
     report: Report
     choice: int = 0
+    stop_string: str = ""
+    """The stop string that ended it, if one did."""
 
 
 Event = Started | PromptLogprobs | Chunk | Finished
@@ -127,6 +130,48 @@ class Frontend:
                 eos = longest.eos_token_ids or eos
         return replace(own, context_tokens=context_tokens, eos_token_ids=eos)
 
+    def served(self, model: str = "") -> Model:
+        """A model as clients are told of it; empty: the only one.
+
+        Raises:
+            ModelNotFoundError: it is not served.
+        """
+        self._check_model(model)
+        facts = self.facts()
+        return Model(
+            id=self.model.name,
+            revision=self.model.revision,
+            context_tokens=facts.context_tokens,
+            vocab_tokens=facts.vocab_tokens,
+            completion_tokens_max=self._settings.completion_tokens_max,
+            chat=self._tokenizer.chat,
+            tools=self._tokenizer.tools,
+        )
+
+    async def tokenize(self, request: TokenizeRequest, deadline: Deadline) -> list[int]:
+        """Token ids of a prompt, as `generate` would compute it.
+
+        Raises:
+            ZipserveError: it cannot be tokenized.
+        """
+        self._check_model(request.model)
+        with self._place():
+            async with asyncio.timeout(deadline.remaining_s()):
+                return await self._encode(request)
+
+    async def detokenize(self, model: str, token_ids: Sequence[int], deadline: Deadline) -> str:
+        """Text of token ids, without special tokens.
+
+        Raises:
+            InvalidRequestError: an id lies outside the vocabulary.
+            ZipserveError: they cannot be read.
+        """
+        self._check_model(model)
+        with self._place():
+            check_ids(token_ids, self.facts(), "token_ids")
+            async with asyncio.timeout(deadline.remaining_s()):
+                return await self._tokenizer.decode_all(token_ids)
+
     async def generate(
         self, request: GenerateRequest, request_id: str, deadline: Deadline
     ) -> AsyncGenerator[Event, None]:
@@ -155,26 +200,33 @@ class Frontend:
     async def _generate(
         self, request: GenerateRequest, request_id: str, deadline: Deadline, trace: _Trace
     ) -> AsyncGenerator[Event, None]:
+        with self._place() as ticket, self._metrics.running_requests.track_inprogress():
+            job = trace.job = await self._check(request, request_id, ticket)
+            self._metrics.prompt_tokens.inc(len(job.prompt))
+            yield Started(job, self.model.name)
+            async with aclosing(self._run(job, deadline, trace)) as events:
+                async for event in events:
+                    yield event
+
+    @contextmanager
+    def _place(self) -> Iterator[Ticket]:
         if self.draining:
             raise DrainingError("this router is going away and takes no new requests")
         ticket = self._admission.enter(self._now())
         self._idle.clear()
         try:
-            with self._metrics.running_requests.track_inprogress():
-                job = trace.job = await self._check(request, request_id, ticket)
-                self._metrics.prompt_tokens.inc(len(job.prompt))
-                yield Started(job, self.model.name)
-                async with aclosing(self._run(job, deadline, trace)) as events:
-                    async for event in events:
-                        yield event
+            yield ticket
         finally:
             self._admission.leave(ticket, self._now())
             if not self._admission.requests:
                 self._idle.set()
 
+    def _check_model(self, model: str) -> None:
+        if model not in ("", self.model.name):
+            raise ModelNotFoundError(f"model {model[:128]!r} is not served; served: {self.model.name}")
+
     async def _check(self, request: GenerateRequest, request_id: str, ticket: Ticket) -> Job:
-        if request.model not in ("", self.model.name):
-            raise ModelNotFoundError(f"model {request.model[:128]!r} is not served; served: {self.model.name}")
+        self._check_model(request.model)
         n = choices_of(request.n)
         facts = self.facts()
         sampling = Sampling.from_proto(request.sampling, default_seed=secrets.randbits(64))
@@ -202,16 +254,17 @@ class Frontend:
         self._admission.reserve(ticket, len(prompt) + n * max_tokens, self._now())
         return job
 
-    async def _encode(self, request: GenerateRequest) -> list[int]:
+    async def _encode(self, request: GenerateRequest | TokenizeRequest) -> list[int]:
         match request.WhichOneof("prompt"):
             case "text":
                 return await self._tokenizer.encode_text(request.text)
             case "chat":
                 return await self._tokenizer.encode_chat(request.chat.messages)
-            case "token_ids":
+            case "token_ids" if isinstance(request, GenerateRequest):
                 return list(request.token_ids.ids)
             case _:
-                raise InvalidRequestError("there is no prompt: set text, chat or token_ids", field="prompt")
+                kinds = " or ".join(field.name for field in request.DESCRIPTOR.oneofs_by_name["prompt"].fields)
+                raise InvalidRequestError(f"there is no prompt: set {kinds}", field="prompt")
 
     async def _run(
         self, job: Job, deadline: Deadline, trace: _Trace
@@ -292,4 +345,5 @@ def _finished(choice: Choice, arrived_s: float) -> Finished:
         decode_s=last_s - first_s,
         report=report,
         choice=choice.job.choice,
+        stop_string=transcript.stop_string or "",
     )

@@ -56,7 +56,7 @@ def check_prompt(prompt: Sequence[int], facts: ModelFacts) -> None:
             f"context of {facts.context_tokens}",
             field="prompt",
         )
-    _check_ids(prompt, facts, "token_ids.ids")
+    check_ids(prompt, facts, "token_ids.ids")
 
 
 def check_prompt_logprobs(prompt_tokens: int, sampling: Sampling) -> None:
@@ -105,7 +105,7 @@ def check_stop(stop: StopConditions, facts: ModelFacts, settings: RouterSettings
             "allowed",
             field="stop.stop_token_ids",
         )
-    _check_ids(stop.stop_token_ids, facts, "stop.stop_token_ids")
+    check_ids(stop.stop_token_ids, facts, "stop.stop_token_ids")
 
 
 def completion_tokens(stop: StopConditions, prompt_tokens: int, facts: ModelFacts, settings: RouterSettings) -> int:
@@ -140,7 +140,8 @@ def check_min_tokens(stop: StopConditions, max_tokens: int) -> None:
         )
 
 
-def _check_ids(token_ids: Sequence[int], facts: ModelFacts, field: str) -> None:
+def check_ids(token_ids: Sequence[int], facts: ModelFacts, field: str) -> None:
+    """Raises InvalidRequestError for ids outside the vocabulary; `field` names where they stand."""
     if token_ids and max(token_ids) >= facts.vocab_tokens:
         i, wrong = next((i, t) for i, t in enumerate(token_ids) if t >= facts.vocab_tokens)
         raise InvalidRequestError(

@@ -8,7 +8,7 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
@@ -17,19 +17,27 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.router.detokenizer import Detokenizer
 from zipserve.v1.inference_service_pb2 import ChatMessage
 
-_INLINE_CHARS_MAX = 2048
-"""Shorter prompts are tokenized on the event loop; that takes about a millisecond at most."""
+T = TypeVar("T")
+
+_INLINE_MAX = 2048
+"""Shorter prompts, in characters or ids, are handled on the event loop; that takes about a millisecond at most."""
 _ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 class PromptTokenizer:
     """The tokenizer of one model."""
 
-    def __init__(self, backend: Tokenizer, render: Callable[[list[dict[str, str]]], str] | None) -> None:
+    def __init__(
+        self, backend: Tokenizer, render: Callable[[list[dict[str, str]]], str] | None, *, tools: bool = False
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
         self._render = render
+        self.chat = render is not None
+        """Whether it has a chat template."""
+        self.tools = tools
+        """Whether that template knows tools."""
         self._special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
@@ -51,7 +59,8 @@ class PromptTokenizer:
         def render(messages: list[dict[str, str]]) -> str:
             return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
-        return cls(backend, render if tokenizer.chat_template else None)
+        tools = re.search(r"\btools\b", str(tokenizer.chat_template or "")) is not None
+        return cls(backend, render if tokenizer.chat_template else None, tools=tools)
 
     async def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, with the special tokens that the tokenizer adds by itself."""
@@ -84,9 +93,13 @@ class PromptTokenizer:
         """The text of all ids at once, special tokens skipped."""
         return self._backend.decode(token_ids, skip_special_tokens=True)
 
+    async def decode_all(self, token_ids: Sequence[int]) -> str:
+        """The same, of any number of ids, beside which the streams of other requests go on."""
+        return await self._run(len(token_ids), lambda: self._decode_freely(token_ids))
+
     @staticmethod
-    async def _run(chars: int, encode: Callable[[], list[int]]) -> list[int]:
-        return encode() if chars <= _INLINE_CHARS_MAX else await asyncio.to_thread(encode)
+    async def _run(length: int, compute: Callable[[], T]) -> T:
+        return compute() if length <= _INLINE_MAX else await asyncio.to_thread(compute)
 
     def _encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
         assert self._render is not None
@@ -97,6 +110,11 @@ class PromptTokenizer:
                 f"the model's chat template refuses the messages: {error}", field="chat.messages"
             ) from error
         return self._encode(text, add_special_tokens=False)
+
+    def _decode_freely(self, token_ids: Sequence[int]) -> str:
+        # the batch form, because the single one keeps the GIL
+        (text,) = self._backend.decode_batch([list(token_ids)], skip_special_tokens=True)
+        return text
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # the batch form, because the single one keeps the GIL
