@@ -50,7 +50,7 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--http", metavar="HOST:PORT", type=_address,
-        help=f"where the OpenAI-compatible API listens (default: {DEFAULT_HTTP_ADDRESS}, or a free port if that is taken; "
+        help=f"where the OpenAI-compatible API listens (default: {DEFAULT_HTTP_ADDRESS}, or a free port if taken; "
         "with --once nowhere)",
     )  # fmt: skip
     parser.add_argument("--threads", type=_count, metavar="T", help="CPU threads per worker (default: share all cores)")
