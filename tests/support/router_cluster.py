@@ -3,7 +3,7 @@
 import uuid
 from collections import Counter
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -43,11 +43,13 @@ class Cluster:
     address: str
     channel: grpc.aio.Channel
     stub: Any
+    peers: list[Peer] = field(default_factory=list)
 
     async def add(self, name: str, **script: Any) -> Peer:
         """Adds a worker; `p…` prefills, `d…` decodes. Returns when the router knows it."""
         role = WorkerRole.WORKER_ROLE_PREFILL if name[0] == "p" else WorkerRole.WORKER_ROLE_DECODE
         peer = await self.stack.enter_async_context(serving(Peer(name, self.model, role, **script), self.settings))
+        self.peers.append(peer)
         await self.knows(name)
         return peer
 

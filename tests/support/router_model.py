@@ -13,6 +13,14 @@ CHAT_TEMPLATE = (
     "{{ raise_exception('unknown role ' + m['role']) }}{% endif %}"
     "<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
 )
+TOOLS_TEMPLATE = (
+    "{% if tools %}<s>system:call with <tool_call>{% for t in tools %}{{ t | tojson }}{% endfor %}</s>{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}{% if m.name %}({{ m.name }}){% endif %}"
+    "{% if m.tool_call_id %}[{{ m.tool_call_id }}]{% endif %}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }}={{ c.function.arguments.city }}</tool_call>"
+    "{% endfor %}</s>{% endfor %}{% if shout %}!{% endif %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+"""Knows tools, as Hermes does, and an argument of its own."""
 
 
 def byte_tokenizer() -> Tokenizer:

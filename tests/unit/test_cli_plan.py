@@ -71,6 +71,12 @@ def test_without_prefill_workers_the_decode_workers_compute_the_prompts() -> Non
     assert parser.build().parse_args(["up", "--prefill", "0"]).prefill == 0
 
 
+def test_the_http_api_is_the_routers() -> None:
+    with_http = plan.children(_stack(http_listen="127.0.0.1:8000"), cores=2)
+    assert [c.name for c in with_http if "--http-listen=127.0.0.1:8000" in c.command] == ["router"]
+    assert not [c.name for c in plan.children(_stack(), cores=2) if any("http" in word for word in c.command)]
+
+
 def test_workers_take_given_sizes() -> None:
     children = plan.children(_stack(threads=5, kv_blocks=64), cores=8)
     workers = [child for child in children if child.role in ("prefill", "decode")]

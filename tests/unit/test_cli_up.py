@@ -30,6 +30,7 @@ service = sys.argv.pop(1)
 class Settings(ServiceSettings):
     model_config = SettingsConfigDict(env_prefix=f"ZIPSERVE_{service.upper()}_")
     model: str = ""
+    http_listen: str = ""
     threads: int = 0
     broken: bool = False
 
@@ -162,6 +163,7 @@ async def test_once_answers_one_prompt_and_stops_everything(tmp_path: Path) -> N
 
 async def test_up_restarts_a_killed_worker_and_redis_and_stops_on_ctrl_c(tmp_path: Path) -> None:
     async with _up(tmp_path, "--listen", "127.0.0.1:0") as up:
+        await up.until(r"OpenAI API: http://127\.0\.0\.1:\d+/v1$")
         await up.until("Ctrl-C stops everything")
         pids = up.pids()
         assert len(pids) == 5
@@ -197,8 +199,9 @@ async def test_up_tells_that_a_given_redis_does_not_answer(tmp_path: Path, unuse
 def test_up_refuses_an_address_that_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert main(["up", "--listen", address]) == 1
-    assert f"zipserve: cannot listen on {address}: Address already in use" in capsys.readouterr().err
+        for option in ("--listen", "--http"):
+            assert main(["up", "--once", option, address]) == 1
+            assert f"zipserve: cannot listen on {address}: Address already in use" in capsys.readouterr().err
 
 
 def test_up_has_a_prompt_only_with_once(capsys: pytest.CaptureFixture[str]) -> None:

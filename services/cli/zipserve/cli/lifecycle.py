@@ -49,6 +49,8 @@ class Setup:
     start_timeout_s: float
     router: str
     """host:port under which this machine reaches the router."""
+    http: str
+    """The same of its HTTP API; empty: there is none."""
     once: Once | None
 
 
@@ -206,6 +208,8 @@ class Lifecycle:
         if self._setup.once is None:
             address = "" if router == DEFAULT_ADDRESS else f" --address {router}"
             self._console.line(f'  zipserve generate{address} "{DEFAULT_PROMPT}"')
+            if self._setup.http:
+                self._console.line(f"  OpenAI API: http://{self._setup.http}/v1")
             self._console.line("Ctrl-C stops everything; once more kills what is left")
 
     def _elapsed(self) -> str:

@@ -6,6 +6,7 @@ from zipserve.cli.plan import SERVICES, parse_override
 from zipserve.common.kv.layout import CODECS, DEFAULT_CODEC
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_HTTP_ADDRESS = "127.0.0.1:8000"
 DEFAULT_PROMPT = "What is the capital of France?"
 
 
@@ -46,6 +47,11 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--listen", metavar="HOST:PORT", type=_address,
         help=f"where the router listens; port 0 takes a free one (default: {DEFAULT_ADDRESS}; with --once a free port)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--http", metavar="HOST:PORT", type=_address,
+        help=f"where the OpenAI-compatible API listens (default: {DEFAULT_HTTP_ADDRESS}, or a free port if taken; "
+        "with --once nowhere)",
     )  # fmt: skip
     parser.add_argument("--threads", type=_count, metavar="T", help="CPU threads per worker (default: share all cores)")
     parser.add_argument(

@@ -40,6 +40,8 @@ class Stack:
     redis_url: str = field(repr=False)
     secret: str = field(repr=False)
     drain_s: float
+    http_listen: str = ""
+    """host:port of the router's HTTP API; the port is fixed. Empty: none."""
     threads: int | None = None
     """Per worker. None: all cores are shared out."""
     kv_blocks: int | None = None
@@ -82,6 +84,8 @@ def children(stack: Stack, cores: int) -> list[ChildSpec]:
     if stack.codec is not None:
         of_worker["codec"] = stack.codec
     of_router = {"model": stack.model, "listen": stack.listen}
+    if stack.http_listen:
+        of_router["http_listen"] = stack.http_listen
     if not stack.prefill:
         of_router["local_prefill_tokens_max"] = "-1"
     return [

@@ -17,7 +17,7 @@ from zipserve.cli import plan, redis_server
 from zipserve.cli.console import Console
 from zipserve.cli.generate import explain
 from zipserve.cli.lifecycle import Lifecycle, Once, Setup
-from zipserve.cli.parser import DEFAULT_ADDRESS, DEFAULT_PROMPT
+from zipserve.cli.parser import DEFAULT_ADDRESS, DEFAULT_HTTP_ADDRESS, DEFAULT_PROMPT
 from zipserve.common import log, models
 from zipserve.common.errors import ZipserveError
 
@@ -32,12 +32,13 @@ def run(options: argparse.Namespace) -> int:
         return 2
     try:
         listen = _listen_address(options.listen or ("127.0.0.1:0" if options.once else DEFAULT_ADDRESS))
+        http_listen = _http_address(options.http, once=options.once)
         log.configure(level="error", style="console")
         # until the event loop takes over: SIGTERM ends a conversion as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         model = _model(options.model or models.DEFAULT_MODEL, console)
         log_dir = _log_dir(options.log_dir)
-        setup = _setup(options, listen, model, log_dir)
+        setup = _setup(options, listen, http_listen, model, log_dir)
     except ZipserveError as error:
         console.line(explain(error))
         return 1
@@ -71,7 +72,7 @@ def _log_dir(wish: str | None) -> Path:
     return folder
 
 
-def _setup(options: argparse.Namespace, listen: str, model: str, log_dir: Path) -> Setup:
+def _setup(options: argparse.Namespace, listen: str, http_listen: str, model: str, log_dir: Path) -> Setup:
     redis, redis_url = None, options.redis
     if redis_url is None:
         port, password = int(_listen_address("127.0.0.1:0").rpartition(":")[2]), secrets.token_hex(24)
@@ -81,6 +82,7 @@ def _setup(options: argparse.Namespace, listen: str, model: str, log_dir: Path) 
         decode=options.decode,
         model=model,
         listen=listen,
+        http_listen=http_listen,
         cluster=options.cluster or f"up-{secrets.token_hex(4)}",
         redis_url=redis_url,
         secret=secrets.token_hex(32),
@@ -96,8 +98,21 @@ def _setup(options: argparse.Namespace, listen: str, model: str, log_dir: Path) 
         log_dir=log_dir,
         start_timeout_s=options.start_timeout,
         router=dial_address(listen),
+        http=dial_address(http_listen) if http_listen else "",
         once=Once(options.prompt or DEFAULT_PROMPT, options.max_tokens or _ONCE_TOKENS) if options.once else None,
     )
+
+
+def _http_address(wish: str | None, *, once: bool) -> str:
+    """Where the HTTP API listens; empty: nowhere. Only an address that was asked for must be free."""
+    if wish is not None:
+        return _listen_address(wish)
+    if once:
+        return ""
+    try:
+        return _listen_address(DEFAULT_HTTP_ADDRESS)
+    except OSError:
+        return _listen_address("127.0.0.1:0")
 
 
 def _listen_address(listen: str) -> str:

@@ -16,6 +16,14 @@ class RouterSettings(ServiceSettings):
     """Model to serve: a folder, a Hugging Face id, or the default model's name; the same as the workers'."""
     reflection: bool = True
     """Serve gRPC reflection, so that grpcurl and the like work without the protos."""
+    http_listen: str = Field("", pattern=r"^([^\s:]\S*:\d{1,5})?$")
+    """host:port of the OpenAI-compatible HTTP API; port 0 takes a free one. Empty: none."""
+    http_body_bytes_max: int = Field(4 << 20, ge=1 << 10)
+    """Largest body of an HTTP request, in bytes."""
+    http_prompts_max: int = Field(128, ge=1)
+    """Most prompts of one HTTP request; each is admitted as a request of its own."""
+    http_connections_max: int = Field(1024, ge=1)
+    """Most HTTP connections; more are answered with 503."""
     requests_max: int = Field(256, ge=1)
     """Most requests in flight; more are refused with RESOURCE_EXHAUSTED."""
     queue_tokens_max: int = Field(1 << 19, ge=1)

@@ -19,6 +19,7 @@ from zipserve.common.models import ModelFiles
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
 from zipserve.router.admission import Admission, Ticket
+from zipserve.router.caller import ANYBODY, Caller
 from zipserve.router.choice import Choice, Report, job_of
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
@@ -177,7 +178,7 @@ class Frontend:
                 return await self._tokenizer.decode_all(token_ids)
 
     async def generate(
-        self, request: GenerateRequest, request_id: str, deadline: Deadline
+        self, request: GenerateRequest, request_id: str, deadline: Deadline, caller: Caller = ANYBODY
     ) -> AsyncGenerator[Event, None]:
         """Answers a request. Closing the generator cancels everything behind it.
 
@@ -267,7 +268,7 @@ class Frontend:
             case "text":
                 return await self._tokenizer.encode_text(request.text)
             case "chat":
-                return await self._tokenizer.encode_chat(request.chat.messages)
+                return await self._tokenizer.encode_chat(request.chat)
             case "token_ids" if isinstance(request, GenerateRequest):
                 return list(request.token_ids.ids)
             case _:

@@ -17,6 +17,8 @@ from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
 from zipserve.router.frontend import Frontend
 from zipserve.router.guides import GuideCheck
+from zipserve.router.http.app import Api
+from zipserve.router.http.server import HttpServer
 from zipserve.router.servicer import InferenceServicer
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.workers import GrpcWorkers
@@ -36,6 +38,7 @@ class RouterService:
         self._resources = AsyncExitStack()
         self._frontend: Frontend | None = None
         self._workers: GrpcWorkers | None = None
+        self._http: HttpServer | None = None
 
     async def start(self, address: str) -> None:
         """Reads the model's files and takes the first look at the registry."""
@@ -53,6 +56,24 @@ class RouterService:
         self._workers = GrpcWorkers(view, channels)
         self._frontend = Frontend(self._settings, model, facts, tokenizer, guides, self._workers, holders, self.metrics)
         _log.info("model.ready", model=model.name, revision=model.revision, context_tokens=facts.context_tokens)
+        if self._settings.http_listen:
+            self._http = await self._serve_http(self._frontend, tokenizer)
+            self._resources.push_async_callback(self._http.stop)
+            _log.info("http.ready", address=self._http.address)
+
+    async def _serve_http(self, frontend: Frontend, tokenizer: PromptTokenizer) -> HttpServer:
+        settings = self._settings
+        return await HttpServer.start(
+            Api(frontend, tokenizer, settings, self.metrics).app(),
+            settings.http_listen,
+            connections_max=settings.http_connections_max,
+            unread_s=settings.deadline_default_s,
+        )
+
+    @property
+    def http_address(self) -> str:
+        """host:port of the HTTP API; empty: there is none."""
+        return self._http.address if self._http is not None else ""
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         """Adds InferenceService."""
@@ -84,11 +105,13 @@ class RouterService:
         if self._frontend is not None and self._workers is not None:
             await self._frontend.idle()
             await self._workers.settled()
+        if self._http is not None:
+            await self._http.stop()
 
     def loops(self) -> list[asyncio.Task[None]]:
-        """None: every request runs in its own call."""
-        return []
+        """The HTTP server; other requests run in their own calls."""
+        return [self._http.task] if self._http is not None else []
 
     async def close(self) -> None:
-        """Closes channels and the registry."""
+        """Closes the HTTP server, channels and the registry."""
         await self._resources.aclose()

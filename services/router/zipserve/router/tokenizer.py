@@ -1,46 +1,48 @@
-"""Prompts to token ids: plain text, or a conversation in the model's chat template.
+"""Prompts to token ids and back: plain text, or a conversation in the model's chat template.
 
 Uses the files of the model's folder only. Long prompts are rendered and tokenized in a thread, by calls that release
 the GIL, so that streams of other requests go on meanwhile.
 """
 
 import asyncio
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
 from zipserve.common.errors import InvalidRequestError
+from zipserve.router.chat_template import ChatTemplate
 from zipserve.router.detokenizer import Detokenizer
-from zipserve.v1.inference_service_pb2 import ChatMessage
+from zipserve.router.token_bytes import TokenBytes
+from zipserve.v1.inference_service_pb2 import ChatPrompt
 
 T = TypeVar("T")
 
 _INLINE_MAX = 2048
 """Shorter prompts, in characters or ids, are handled on the event loop; that takes about a millisecond at most."""
-_ROLE = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 class PromptTokenizer:
     """The tokenizer of one model."""
 
-    def __init__(
-        self, backend: Tokenizer, render: Callable[[list[dict[str, str]]], str] | None, *, tools: bool = False
-    ) -> None:
+    def __init__(self, backend: Tokenizer, template: ChatTemplate | None) -> None:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._render = render
-        self.chat = render is not None
+        self._template = template
+        self.chat = template is not None
         """Whether it has a chat template."""
-        self.tools = tools
+        self.tools = template is not None and template.tools
         """Whether that template knows tools."""
-        self._special_ids = frozenset(
+        self.hermes = template is not None and template.hermes
+        """Whether that template has tools called as Hermes does."""
+        self.bytes_of = TokenBytes(backend)
+        """The bytes that a token stands for."""
+        self.special_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
+        """Ids of tokens that have no text."""
 
     @classmethod
     def load(cls, folder: Path) -> "PromptTokenizer":
@@ -55,39 +57,26 @@ class PromptTokenizer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise InvalidRequestError(f"model folder {folder} has no fast tokenizer (tokenizer.json)", field="model")
-
-        def render(messages: list[dict[str, str]]) -> str:
-            return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-        tools = re.search(r"\btools\b", str(tokenizer.chat_template or "")) is not None
-        return cls(backend, render if tokenizer.chat_template else None, tools=tools)
+        return cls(backend, ChatTemplate(tokenizer) if tokenizer.chat_template else None)
 
     async def encode_text(self, text: str) -> list[int]:
         """Ids of plain text, with the special tokens that the tokenizer adds by itself."""
         return await self._run(len(text), lambda: self._encode(text, add_special_tokens=True))
 
-    async def encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        """Ids of a conversation in the model's chat template, up to where the answer begins.
+    async def encode_chat(self, chat: ChatPrompt) -> list[int]:
+        """Ids of a conversation in the model's chat template, up to where the answer begins or goes on.
 
         Raises:
-            InvalidRequestError: there are no messages, a role is malformed, or the template refuses them.
+            InvalidRequestError: there is no template, or it cannot render this.
         """
-        if self._render is None:
+        template = self._template
+        if template is None:
             raise InvalidRequestError("this model has no chat template; send text or token_ids", field="chat")
-        if not messages:
-            raise InvalidRequestError("chat.messages is empty, needs at least one", field="chat.messages")
-        for i, message in enumerate(messages):
-            if not _ROLE.fullmatch(message.role):
-                raise InvalidRequestError(
-                    f"chat.messages[{i}].role is {message.role[:64]!r}, must be a word such as 'user'",
-                    field=f"chat.messages[{i}].role",
-                )
-        chars = sum(len(message.content) for message in messages)
-        return await self._run(chars, lambda: self._encode_chat(messages))
+        return await self._run(chat.ByteSize(), lambda: self._encode(template.render(chat), add_special_tokens=False))
 
     def detokenizer(self) -> Detokenizer:
         """A detokenizer for one new sequence."""
-        return Detokenizer(self.decode, self._special_ids)
+        return Detokenizer(self.decode, self.special_ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """The text of all ids at once, special tokens skipped."""
@@ -100,16 +89,6 @@ class PromptTokenizer:
     @staticmethod
     async def _run(length: int, compute: Callable[[], T]) -> T:
         return compute() if length <= _INLINE_MAX else await asyncio.to_thread(compute)
-
-    def _encode_chat(self, messages: Sequence[ChatMessage]) -> list[int]:
-        assert self._render is not None
-        try:
-            text = self._render([{"role": message.role, "content": message.content} for message in messages])
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise InvalidRequestError(
-                f"the model's chat template refuses the messages: {error}", field="chat.messages"
-            ) from error
-        return self._encode(text, add_special_tokens=False)
 
     def _decode_freely(self, token_ids: Sequence[int]) -> str:
         # the batch form, because the single one keeps the GIL
