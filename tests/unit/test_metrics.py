@@ -6,6 +6,9 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from zipserve.common import metrics_reference
@@ -14,6 +17,7 @@ from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.levels import tell_build, watch_pools
 from zipserve.common.metrics import SERVICES, Metrics
+from zipserve.common.quick_histogram import QuickHistogram
 
 _PAGE = Path(__file__).parents[2] / "docs" / "metrics.md"
 _ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \| (\w*) \| .+ \|$", re.MULTILINE)
@@ -25,11 +29,11 @@ def test_the_reference_is_what_the_services_register() -> None:
     page = _PAGE.read_text()
     assert page == metrics_reference.renewed(page), "it is not up to date; it says itself how to write it"
     told = {name: (kind, tuple(re.findall(r"`(\w+)`", labels))) for name, kind, labels, _ in _ROW.findall(page)}
-    registered = {}
+    registered: dict[str, tuple[str, tuple[str, ...]]] = {}
     for service in SERVICES:
         metrics = Metrics(service)
-        names = {name for collector in metrics.registry._collector_to_names for name in [collector._name]}
-        assert names == {metric.name.removesuffix("_total") for metric in metrics.described}
+        names = {name.removesuffix("_total") for name in metrics.registry._names_to_collectors}
+        assert {metric.name.removesuffix("_total") for metric in metrics.described} <= names
         registered |= {metric.name: (metric.kind, metric.labels) for metric in metrics.described}
     assert told == registered
 
@@ -63,8 +67,25 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 def test_buckets_reach_from_the_fastest_token_to_the_slowest_first_one() -> None:
     metrics = Metrics()
-    assert metrics.inter_token_seconds._upper_bounds[0] == 0.001
+    assert metrics.inter_token_seconds._limits[0] == 0.001
     assert metrics.first_token_seconds._upper_bounds[-2] == 120.0
+
+
+@given(st.lists(st.floats(0, 20), max_size=30))
+def test_the_quick_histogram_tells_what_the_librarys_would(values: list[float]) -> None:
+    quick, usual = CollectorRegistry(), CollectorRegistry()
+    both = (
+        QuickHistogram("x_seconds", "x", (0.01, 0.1, 1.0), quick),
+        Histogram("x_seconds", "x", buckets=(0.01, 0.1, 1.0), registry=usual),
+    )
+    for one in values:
+        for histogram in both:
+            histogram.observe(one)
+    told, expected = (
+        {(s.name, s.labels.get("le")): s.value for family in registry.collect() for s in family.samples}
+        for registry in (quick, usual)
+    )
+    assert told == {key: value for key, value in expected.items() if not key[0].endswith("_created")}
 
 
 def test_levels_of_the_pools_are_read_when_somebody_asks() -> None:

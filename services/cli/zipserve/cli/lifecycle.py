@@ -206,6 +206,7 @@ class Lifecycle:
         if self._setup.once is None:
             address = "" if router == DEFAULT_ADDRESS else f" --address {router}"
             self._console.line(f'  zipserve generate{address} "{DEFAULT_PROMPT}"')
+            self._console.line(f"  zipserve top --log-dir {self._setup.log_dir}")
             self._console.line("Ctrl-C stops everything; once more kills what is left")
 
     def _elapsed(self) -> str:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 
+from zipserve.common.quick_histogram import QuickHistogram
+
 M = TypeVar("M", bound=MetricWrapperBase)
 
 SERVICES = ("router", "prefill", "decode", "kvstore")
@@ -101,10 +103,9 @@ class Metrics:
         self.first_token_seconds = self._histogram(
             "first_token_seconds", "Arrival to first token (TTFT), at the router", _ROUTER, _SECONDS
         )
-        self.inter_token_seconds = self._histogram(
-            "inter_token_seconds", "Time between two tokens of an answer (ITL), as they come to the router; replays "
-            "and parking included", _ROUTER, _TOKEN_SECONDS,
-        )  # fmt: skip
+        meaning = "Time between two tokens of an answer (ITL), as they come to the router; replays and parking included"
+        registry = self._describe("histogram", "zipserve_inter_token_seconds", meaning, _ROUTER, ())
+        self.inter_token_seconds = QuickHistogram("zipserve_inter_token_seconds", meaning, _TOKEN_SECONDS, registry)
         self.replays = self._counter(
             "replays", "Attempts that failed and were replayed, by reason", _ROUTER, ["reason"]
         )
@@ -207,7 +208,14 @@ class Metrics:
         self, kind: type[M], name: str, meaning: str, services: Sequence[str], labels: Sequence[str], **options: Any
     ) -> M:
         name = f"zipserve_{name}"
-        is_told = self._service in ("", *services)
-        if is_told:
-            self.described.append(Described(name, kind.__name__.lower(), tuple(labels), meaning, tuple(services)))
-        return kind(name, meaning, labels, registry=self.registry if is_told else None, **options)
+        registry = self._describe(kind.__name__.lower(), name, meaning, services, labels)
+        return kind(name, meaning, labels, registry=registry, **options)
+
+    def _describe(
+        self, kind: str, name: str, meaning: str, services: Sequence[str], labels: Sequence[str]
+    ) -> CollectorRegistry | None:
+        """The registry for a metric; None where the service does not tell it."""
+        if self._service not in ("", *services):
+            return None
+        self.described.append(Described(name, kind, tuple(labels), meaning, tuple(services)))
+        return self.registry
