@@ -99,7 +99,7 @@ async def test_what_was_pulled(pair: Pair) -> None:
     assert (pulled.blocks, pulled.bytes) == (2, sum(ref.bytes for ref in claims.refs))
     assert events[-1].finished.reason == FinishReason.FINISH_REASON_LENGTH
     metrics = pair.decode.service.metrics
-    assert value(metrics, "zipserve_kv_transfer_bytes_total") == pulled.bytes
+    assert value(metrics, "zipserve_kv_transfer_bytes_total", source="prefill") == pulled.bytes
     assert value(metrics, "zipserve_generated_tokens_total") == 8
     await until(lambda: value(metrics, "zipserve_rpcs_total", method=DECODE, reason="OK") == 1, "it is counted")
     source = pair.prefill.service.metrics

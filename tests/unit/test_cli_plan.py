@@ -51,7 +51,7 @@ def test_children_of_a_stack() -> None:
     prefill = children[1]
     assert prefill.command == (
         *(sys.executable, "-P", "-m", "zipserve.prefill"),
-        *("--worker-id=prefill-0", "--cluster=test", "--drain-s=10"),
+        *("--worker-id=prefill-0", "--cluster=test", "--drain-s=10", "--metrics-port=0"),
         *("--model=a-model", "--listen=127.0.0.1:0", "--threads=3"),
     )
     assert prefill.environment == {

@@ -210,6 +210,7 @@ class Lifecycle:
             self._console.line(f'  zipserve generate{address} "{DEFAULT_PROMPT}"')
             if self._setup.http:
                 self._console.line(f"  OpenAI API: http://{self._setup.http}/v1")
+            self._console.line(f"  zipserve top --log-dir {self._setup.log_dir}")
             self._console.line("Ctrl-C stops everything; once more kills what is left")
 
     def _elapsed(self) -> str:

@@ -28,6 +28,7 @@ def build() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="talk with the model")
     chat.set_defaults(n=1, logprobs=None, prompt_logprobs=None)
     _add_generation(chat)
+    _add_top(commands.add_parser("top", help="watch the processes of a cluster"))
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME", help="which one")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its own options; try NAME --help")
@@ -73,6 +74,22 @@ def _add_up(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--once", action="store_true", help="answer one prompt, print measurements, stop")
     parser.add_argument("--prompt", help=f"what --once asks (default: {DEFAULT_PROMPT})")
     parser.add_argument("--max-tokens", type=_count, metavar="N", help="most tokens of its answer (default: 64)")
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--log-dir", metavar="DIR", help="the log folder of a stack that zipserve up runs")
+    where.add_argument(
+        "--metrics", type=_address, action="append", default=[], metavar="HOST:PORT",
+        help="a service's metrics, without a registry; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--redis", metavar="URL", help="Redis of the cluster (default: ZIPSERVE_TOP_REDIS_URL)")
+    parser.add_argument("--cluster", metavar="NAME", help="name of the cluster in Redis (default: default)")
+    parser.add_argument(
+        "--interval", type=_seconds, default=2.0, metavar="S", help="time between two looks (default: 2)"
+    )
+    parser.add_argument("--once", action="store_true", help="look twice, tell, and stop")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a screen")
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:

@@ -109,6 +109,7 @@ def _child(stack: Stack, service: str, name: str, settings: Mapping[str, str], t
         "worker_id": name,
         "cluster": stack.cluster,
         "drain_s": f"{stack.drain_s:g}",
+        "metrics_port": "0",
         **settings,
         "secret": stack.secret,
         "redis_url": stack.redis_url,

@@ -5,6 +5,7 @@ Here: what has to be settled before the first of them starts.
 
 import argparse
 import asyncio
+import json
 import secrets
 import shutil
 import signal
@@ -17,6 +18,7 @@ from zipserve.cli import plan, redis_server
 from zipserve.cli.console import Console
 from zipserve.cli.generate import explain
 from zipserve.cli.lifecycle import Lifecycle, Once, Setup
+from zipserve.cli.lookout import STACK_FILE
 from zipserve.cli.parser import DEFAULT_ADDRESS, DEFAULT_HTTP_ADDRESS, DEFAULT_PROMPT
 from zipserve.common import log, models
 from zipserve.common.errors import ZipserveError
@@ -39,6 +41,7 @@ def run(options: argparse.Namespace) -> int:
         model = _model(options.model or models.DEFAULT_MODEL, console)
         log_dir = _log_dir(options.log_dir)
         setup = _setup(options, listen, http_listen, model, log_dir)
+        _tell_where(setup)
     except ZipserveError as error:
         console.line(explain(error))
         return 1
@@ -46,7 +49,10 @@ def run(options: argparse.Namespace) -> int:
         console.line(f"zipserve: {error}")
         return 1
     console.line(f"logs in {log_dir}")
-    status = asyncio.run(Lifecycle(setup, console).run())
+    try:
+        status = asyncio.run(Lifecycle(setup, console).run())
+    finally:
+        (log_dir / STACK_FILE).unlink(missing_ok=True)
     if status == 1:
         console.line(f"logs are kept in {log_dir}")
     elif not options.log_dir:
@@ -113,6 +119,14 @@ def _http_address(wish: str | None, *, once: bool) -> str:
         return _listen_address(DEFAULT_HTTP_ADDRESS)
     except OSError:
         return _listen_address("127.0.0.1:0")
+
+
+def _tell_where(setup: Setup) -> None:
+    """For `zipserve top`, and for nobody else: Redis' URL has a password."""
+    found = {"redis_url": setup.stack.redis_url, "cluster": setup.stack.cluster}
+    path = setup.log_dir / STACK_FILE
+    path.touch(mode=0o600)
+    path.write_text(json.dumps(found))
 
 
 def _listen_address(listen: str) -> str:

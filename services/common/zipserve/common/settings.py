@@ -15,6 +15,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 SECRET_BYTES_MIN = 16
 
 
+def _standard_endpoint() -> str:
+    """Where OpenTelemetry's own variables send traces; empty: nowhere."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none":
+        return ""
+    both = (os.environ.get(f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT", "") for kind in ("TRACES_", ""))
+    return next(filter(None, both), "")
+
+
 class ServiceSettings(BaseSettings):
     """Settings of any service."""
 
@@ -40,8 +48,11 @@ class ServiceSettings(BaseSettings):
     """host:port of the gRPC server; port 0 takes a free one."""
     advertise_host: str = ""
     """Host under which others reach this process. Empty: the host of `listen`."""
-    metrics_port: int = Field(default=0, ge=0, le=65535)
-    """Port of the Prometheus endpoint on the host of `listen`. 0: none."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Port of the Prometheus endpoint on the host of `listen`; 0 takes a free one. Unset: none."""
+    otlp_endpoint: str = Field(default_factory=_standard_endpoint, pattern=r"^(https?://\S+)?$")
+    """Where traces go: http://host:port of an OTLP/gRPC collector, or https://. Unset: as the standard
+    OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT says. Empty: nothing is traced."""
     drain_s: float = Field(default=30.0, ge=0.0)
     """Longest wait for running work after SIGTERM, in seconds."""
     heartbeat_s: float = Field(default=0.5, gt=0.0)

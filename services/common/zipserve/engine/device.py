@@ -1,6 +1,7 @@
 """The one thread that owns device, model and KV cache, and what the event loop may know of it."""
 
 import asyncio
+import contextvars
 import functools
 import secrets
 from collections.abc import Callable
@@ -111,9 +112,10 @@ class Device:
         await self.run(self._load)
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Runs a function in the device's thread. When cancelled, the function still runs to its end."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, functools.partial(function, *args, **kwargs))
+        """Runs a function in the device's thread, in the caller's context of log keys and spans. When cancelled, the
+        function still runs to its end."""
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        return await loop.run_in_executor(self._thread, functools.partial(context.run, function, *args, **kwargs))
 
     def close(self) -> None:
         """Waits for the running function and ends the thread."""

@@ -8,6 +8,7 @@ import grpc
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.seals import Seals
+from zipserve.common.levels import tell_build, watch_pools
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.peers import Peers
 from zipserve.common.transfer.sharing import IndexShelf
@@ -31,7 +32,7 @@ class DecodeService:
 
     def __init__(self, settings: DecodeSettings, open_transport: TransportFactory = NixlTransport) -> None:
         self._settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics("decode")
         self.device = Device(settings)
         self.peers = Peers(
             settings,
@@ -48,7 +49,6 @@ class DecodeService:
     async def start(self, address: str) -> None:
         settings, device = self._settings, self.device
         await device.start()
-        self.metrics.bits_per_value.set(device.layout.bits_per_value())
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_DECODE, address)
         pools = SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks)
         index = PrefixIndex(pools, settings.prefix_blocks_max)
@@ -65,6 +65,7 @@ class DecodeService:
             parked_bytes_max=settings.parked_bytes_max,
             parked_bytes=partial(parked_bytes, device.layout),
         )
+        self._tell_levels()
         self.worker = DecodeWorker(
             device,
             self.scheduler,
@@ -77,6 +78,16 @@ class DecodeService:
         )
         self.source.on_free = self.worker.free
         self._loop = asyncio.create_task(self.worker.run(), name="decode-loop")
+
+    def _tell_levels(self) -> None:
+        metrics, scheduler, layout = self.metrics, self.scheduler, self.device.layout
+        tell_build(metrics, "decode", layout)
+        watch_pools(metrics, layout, scheduler.index)
+        metrics.queued_requests.set_function(lambda: scheduler.queued_requests)
+        metrics.queued_tokens.set_function(lambda: scheduler.queued_tokens)
+        metrics.running_requests.set_function(lambda: scheduler.running_requests)
+        metrics.parked_requests.set_function(lambda: scheduler.parked_requests)
+        metrics.parked_bytes.set_function(lambda: scheduler.parked_bytes)
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         servicer = DecodeServicer(self.worker, self.device, self._settings.deadline_default_s)

@@ -1,10 +1,12 @@
 """DecodeService: protos to domain and back."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
+from zipserve.common import tracing
 from zipserve.common.errors import InvalidRequestError, ZipserveError
 from zipserve.common.guide import Guide
 from zipserve.common.kv.prefix import PrefixChain, chain_salt
@@ -12,6 +14,7 @@ from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
 from zipserve.common.sampling import CHOICES_MAX, Sampling
+from zipserve.decode.observation import observed
 from zipserve.decode.stream import Computed, Continuation, Finish, Stream
 from zipserve.decode.worker import DecodeWorker
 from zipserve.engine.device import Device
@@ -34,20 +37,21 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
     ) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
         deadline = Deadline.of(context, self._deadline_default_s)
         continuations = await self._continuations(request)
-        if request.prompt_token_ids:
-            async with (
-                self._worker.computed(continuations[0], deadline) as stream,
-                aclosing(_told([stream], deadline)) as events,
-            ):
-                async for event in events:
-                    yield event
-        else:
-            async with self._worker.pulled(request.handle, continuations, deadline) as streams:
-                with self._named(request.stream_id, streams):
-                    yield decode_service_pb2.DecodeResponse(pulled=_pulled(streams[0]))
-                    async with aclosing(_told(streams, deadline)) as events:
+        with observed(request.request_id) as seen:
+            if request.prompt_token_ids:
+                async with self._worker.computed(continuations[0], deadline) as stream:
+                    seen.append(stream)
+                    async with aclosing(_told([stream], deadline)) as events:
                         async for event in events:
                             yield event
+            else:
+                async with self._worker.pulled(request.handle, continuations, deadline) as streams:
+                    seen.extend(streams)
+                    with self._named(request.stream_id, streams):
+                        yield decode_service_pb2.DecodeResponse(pulled=_pulled(streams[0]))
+                        async with aclosing(_told(streams, deadline)) as events:
+                            async for event in events:
+                                yield event
 
     async def EndSequence(
         self, request: decode_service_pb2.EndSequenceRequest, context: Context
@@ -132,7 +136,19 @@ class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
 
 
 async def _told(streams: list[Stream], deadline: Deadline) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
-    """What comes out of the streams of a request, tokens of one that are there together in one event."""
+    """What comes out of the streams of a request, as a span of its own."""
+    with tracing.lasting("decode") as span:
+        async with aclosing(_events(streams, deadline)) as events:
+            async for event in events:
+                if event.HasField("computed"):
+                    tracing.record("compute", streams[0].joined_s, time.monotonic(), span)
+                elif event.HasField("tokens") and event.tokens.position == streams[0].first_position:
+                    span.add_event("first_token")
+                yield event
+
+
+async def _events(streams: list[Stream], deadline: Deadline) -> AsyncGenerator[decode_service_pb2.DecodeResponse, None]:
+    """Tokens of a stream that are there together come in one event."""
     output, running = streams[0].output, len(streams)
     positions = [stream.first_position for stream in streams]
     while running:

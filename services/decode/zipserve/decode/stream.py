@@ -90,6 +90,8 @@ class Stream:
     """Number, name and slabs of those that it has filled since."""
     parked: ParkedKv | None = None
     """Its KV, from the moment it had to make room until it is back in the cache."""
+    parkings: int = 0
+    """How often it had to make room."""
     generated: int = 0
     gone: bool = False
     """Finished, failed or abandoned; freed as soon as the device does not use it."""

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 
-from zipserve.common import log
+from zipserve.common import log, tracing
 from zipserve.common.chunking import share
 from zipserve.common.errors import (
     DeadlineError,
@@ -16,7 +16,6 @@ from zipserve.common.errors import (
     UnavailableError,
     ZipserveError,
 )
-from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
@@ -173,7 +172,6 @@ class DecodeWorker:
     def free(self, slabs: Slabs) -> None:
         """Takes slabs back whose lease has ended."""
         self._scheduler.give_back(slabs)
-        self._note_levels()
         self._work.set()
 
     async def run(self) -> None:
@@ -184,7 +182,6 @@ class DecodeWorker:
             while (victim := self._scheduler.victim()) is not None:
                 await self._make_room(victim.payload)
             turns = self._turns([ticket.payload for ticket in self._scheduler.grow()])
-            self._note_levels()
             if turns:
                 await self._run_step(turns)
                 self._work.set()
@@ -239,7 +236,8 @@ class DecodeWorker:
         else:
             self._scheduler.park(stream.ticket)
             self._metrics.parkings.inc()
-            _log.info("sequence.parked", request_id=stream.continuation.request_id, tokens=stream.sequence.length)
+            stream.parkings += 1
+            _log.debug("sequence.parked", request_id=stream.continuation.request_id, tokens=stream.sequence.length)
 
     async def _try_park(self, stream: Stream) -> None:
         stream.place()
@@ -265,6 +263,8 @@ class DecodeWorker:
                 (stream.index, Computed(stream.cached_tokens, stream.queue_s, compute_s, stream.prompt_logprobs))
             )
             self._metrics.prompt_tokens.inc(len(stream.continuation.prompt))
+            self._metrics.cached_prompt_tokens.inc(stream.cached_tokens)
+            self._metrics.prompt_seconds.observe(compute_s)
         token_id = drawn.token_id
         stream.output.put_nowait((stream.index, drawn))
         stream.next_input = token_id
@@ -295,17 +295,7 @@ class DecodeWorker:
     def _free(self, stream: Stream) -> None:
         stream.parked = None
         self._scheduler.leave(stream.ticket)
-        self._note_levels()
         self._work.set()  # what it held may be what the others wait for
-
-    def _note_levels(self) -> None:
-        scheduler, metrics = self._scheduler, self._metrics
-        metrics.running_requests.set(scheduler.running_requests)
-        metrics.queued_requests.set(scheduler.queued_requests)
-        metrics.parked_requests.set(scheduler.parked_requests)
-        metrics.parked_bytes.set(scheduler.parked_bytes)
-        metrics.free_blocks.set(scheduler.pools.available(SlabKind.BLOCK))
-        metrics.cached_blocks.set(len(scheduler.index))
 
     def _on_admitted(self, ticket: Ticket[Stream]) -> None:
         ticket.payload.admitted.set()
@@ -316,13 +306,16 @@ class DecodeWorker:
         are here."""
         started_s = time.monotonic()
         try:
-            async with asyncio.timeout(deadline.remaining_s()):
-                self._scheduler.submit(stream.ticket)
-                await stream.admitted.wait()
-                while not await self._checkpoints.are_sound(stream):
-                    stream.admitted.clear()
-                    self._scheduler.restart(stream.ticket)
+            with tracing.span("queue"):
+                async with asyncio.timeout(deadline.remaining_s()):
+                    self._scheduler.submit(stream.ticket)
                     await stream.admitted.wait()
+                    while not await self._checkpoints.are_sound(stream):
+                        stream.admitted.clear()
+                        self._scheduler.restart(stream.ticket)
+                        await stream.admitted.wait()
         except TimeoutError as error:
             raise DeadlineError("the deadline passed while waiting for KV blocks on the decode worker") from error
-        stream.queue_s = time.monotonic() - started_s
+        finally:
+            stream.queue_s = time.monotonic() - started_s
+            self._metrics.queue_seconds.observe(stream.queue_s)

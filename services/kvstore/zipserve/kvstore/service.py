@@ -19,6 +19,7 @@ from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.refs import layout_of, message_of
 from zipserve.common.kv.seals import Seals
+from zipserve.common.levels import tell_build, watch_pools
 from zipserve.common.metrics import Metrics
 from zipserve.common.threads import in_thread
 from zipserve.common.transfer.peers import Peers
@@ -43,7 +44,7 @@ class KvStoreService:
         self._memory = ExitStack()
         self._loop: asyncio.Task[None] | None = None
         self._draining = False
-        self.metrics = Metrics()
+        self.metrics = Metrics("kvstore")
         self.peers = Peers(
             settings,
             self._incarnation,
@@ -135,6 +136,9 @@ class KvStoreService:
         self.peers.source.on_free = pools.give_back
         disk = await in_thread(self._open_disk, layout)
         store = self.store = Store(PrefixIndex(pools), seals, self._incarnation, disk, self.metrics)
+        tell_build(self.metrics, "kvstore", layout)
+        watch_pools(self.metrics, layout, store.index)
+        self.metrics.disk_blocks.set_function(lambda: len(disk) if disk else 0)
         await self.peers.join(store, arenas.arenas, on_added=self._heard_of)
         self._capabilities.layout.CopyFrom(message_of(layout))
         self._capabilities.readable_layouts.append(layout.fingerprint)

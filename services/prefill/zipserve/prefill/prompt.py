@@ -37,7 +37,11 @@ class Prompt:
     submitted_s: float
     result: "asyncio.Future[Prefilled]"
     started_s: float = 0.0
-    """When its first step began."""
+    """When its first step began; 0: it waits."""
+    steps: int = 0
+    """That it took part in."""
+    seal_s: tuple[float, float] = (0.0, 0.0)
+    """When the slabs of the last of them were begun and done to be sealed."""
     sequence: Sequence | None = None
     """From then on."""
     sealed: list[tuple[BlockRef, ...]] = field(default_factory=list)

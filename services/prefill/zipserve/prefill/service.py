@@ -7,6 +7,7 @@ import grpc
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.seals import Seals
+from zipserve.common.levels import tell_build, watch_pools
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.peers import Peers
 from zipserve.common.transfer.sharing import IndexShelf
@@ -29,7 +30,7 @@ class PrefillService:
 
     def __init__(self, settings: PrefillSettings, open_transport: TransportFactory = NixlTransport) -> None:
         self._settings = settings
-        self.metrics = Metrics()
+        self.metrics = Metrics("prefill")
         self.device = Device(settings)
         self.peers = Peers(
             settings,
@@ -46,7 +47,6 @@ class PrefillService:
     async def start(self, address: str) -> None:
         settings, device = self._settings, self.device
         await device.start()
-        self.metrics.bits_per_value.set(device.layout.bits_per_value())
         self._capabilities = device.capabilities(WorkerRole.WORKER_ROLE_PREFILL, address)
         pools = SlabPools(device.layout, blocks=settings.kv_blocks, tails=settings.kv_tails, sinks=settings.sinks)
         self.scheduler: PrefillScheduler[Prompt] = PrefillScheduler(
@@ -57,12 +57,21 @@ class PrefillService:
             queue_tokens_max=settings.queue_tokens_max,
         )
         index, seals = self.scheduler.index, Seals(device.layout, device.incarnation, device.slab_view)
+        self._tell_levels()
         await self.peers.open()
         await self.peers.join(IndexShelf(index, seals), device.arenas)
         fetcher = self.peers.fetcher
         self.worker = PrefillWorker(device, self.scheduler, seals, self.source, fetcher, self.metrics)
         self.source.on_free = self.worker.free
         self._loop = asyncio.create_task(self.worker.run(), name="prefill-loop")
+
+    def _tell_levels(self) -> None:
+        metrics, scheduler, layout = self.metrics, self.scheduler, self.device.layout
+        tell_build(metrics, "prefill", layout)
+        watch_pools(metrics, layout, scheduler.index)
+        metrics.queued_requests.set_function(lambda: scheduler.queued_requests)
+        metrics.queued_tokens.set_function(lambda: scheduler.queued_tokens)
+        metrics.running_requests.set_function(lambda: scheduler.running_requests)
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         servicer = PrefillServicer(self.worker, self.source, self.device, self._settings.deadline_default_s)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from zipserve.common import log
 from zipserve.common.errors import DeadlineError, DrainingError, KvValueError, UnavailableError, ZipserveError
-from zipserve.common.kv.layout import SlabKind
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.kv.prefix import chain_salt, prefix_hashes
 from zipserve.common.kv.seals import Seals
@@ -18,6 +17,7 @@ from zipserve.engine.device import Device
 from zipserve.engine.logprobs import prompt_logprobs
 from zipserve.engine.sampling import Drawn, Sampler, draw
 from zipserve.engine.sequence import Segment, Sequence
+from zipserve.prefill.observation import observed
 from zipserve.prefill.prompt import Prefilled, Prompt
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
 from zipserve.prefill.sealing import seal_blocks, seal_tail
@@ -91,14 +91,19 @@ class PrefillWorker:
         names = prefix_hashes(token_ids, layout.block_tokens, chain_salt(layout.fingerprint, cache_salt))
         job = self._job(Prompt(request_id, token_ids, samplers, names, now_s, result), deadline.at_s, priority)
         self._scheduler.enter(job)
-        self._note_levels()
         self._idle.clear()
+        with observed(job.payload, self._metrics):
+            return await self._computed(job, deadline)
+
+    async def _computed(self, job: Job[Prompt], deadline: Deadline) -> Prefilled:
+        """Queues a prompt that has been entered, with what others have of it, and waits for it."""
+        prompt = job.payload
         try:
             async with asyncio.timeout(deadline.at_s - time.monotonic()):
-                await self._fetcher.fetch(job.names[: job.reusable_blocks], deadline, request_id)
+                await self._fetcher.fetch(job.names[: job.reusable_blocks], deadline, prompt.request_id)
                 self._scheduler.submit(job, time.monotonic())
                 self._work.set()
-                return await result
+                return await prompt.result
         except TimeoutError as error:
             self._abandon(job)
             raise DeadlineError("the deadline passed before the prompt was computed") from error
@@ -132,7 +137,6 @@ class PrefillWorker:
     def free(self, slabs: Slabs) -> None:
         """Takes slabs back."""
         self._scheduler.pools.give_back(slabs)
-        self._note_levels()
         self._work.set()
 
     async def drained(self) -> None:
@@ -157,7 +161,6 @@ class PrefillWorker:
     async def _run(self, chunks: list[Chunk[Prompt]]) -> None:
         started_s = time.monotonic()
         self._stepping = [chunk.job for chunk in chunks]
-        self._note_levels()
         starting = [job for job in self._stepping if job.payload.sequence is None]
         for job in starting:
             self._start(job, started_s)
@@ -170,6 +173,7 @@ class PrefillWorker:
             self._metrics.step_seconds.observe(ended_s - started_s)
         self._scheduler.advance(chunks, ended_s - started_s, ended_s)
         for chunk, outcome in zip(chunks, outcomes, strict=True):
+            chunk.job.payload.steps += 1
             self._publish(chunk.job)
             self._finish(chunk.job, outcome, ended_s)
         for job in refused:
@@ -235,15 +239,7 @@ class PrefillWorker:
                 Prefilled(outcome.drawn, prompt.logprobs, handle, cached_tokens, queue_s, compute_s)
             )
 
-    def _note_levels(self) -> None:
-        scheduler, metrics = self._scheduler, self._metrics
-        metrics.queued_requests.set(scheduler.queued_requests)
-        metrics.running_requests.set(scheduler.running_requests)
-        metrics.free_blocks.set(scheduler.pools.available(SlabKind.BLOCK))
-        metrics.cached_blocks.set(len(scheduler.index))
-
     def _note_idle(self) -> None:
-        self._note_levels()
         if not (self._scheduler.queued_requests or self._scheduler.running_requests):
             self._idle.set()
 
@@ -263,12 +259,14 @@ class PrefillWorker:
             prompts[i].logprobs += prompt_logprobs(
                 rows, prompts[i].token_ids, chunks[i].job.computed, prompts[i].samplers[0].params.prompt_logprobs or 0
             )
+        seal_s = time.monotonic()
         for i, chunk in enumerate(chunks):
             if outcomes[i] is None:
                 seal_blocks(self._seals, chunk)
         for i in last:
             drawn = [token for token, owner in zip(tokens, owners, strict=True) if owner == i]
             outcomes[i] = outcomes[i] or self._completed(chunks[i].job, drawn)
+            prompts[i].seal_s = seal_s, time.monotonic()
         return outcomes
 
     def _completed(self, job: Job[Prompt], tokens: list[Drawn | ZipserveError]) -> _Outcome:

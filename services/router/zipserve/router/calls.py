@@ -1,12 +1,42 @@
-"""What workers are asked for a request: from its choices, which share what they were given."""
+"""How a session reaches workers, and what it asks of them: from choices, which share what they were given."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from typing import Protocol
 
 from zipserve.common.sampling import Sampling
 from zipserve.router.choice import Choice
 from zipserve.router.policy import Worker
-from zipserve.v1.decode_service_pb2 import DecodeRequest, Sibling
+from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest, Sibling
+from zipserve.v1.kv_pb2 import KvHandle
 from zipserve.v1.prefill_service_pb2 import PrefillRequest, PrefillResponse
+
+
+class Workers(Protocol):
+    """The workers, as a session reaches them. Calls raise ZipserveError."""
+
+    def prefills(self) -> Sequence[Worker]:
+        """Prefill workers that take work."""
+
+    def decodes(self) -> Sequence[Worker]:
+        """Decode workers that take work."""
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Returns when there may be news of the workers, or after the time."""
+
+    async def prefill(self, worker: Worker, request: PrefillRequest, timeout_s: float) -> PrefillResponse:
+        """Computes a prompt."""
+
+    def decode(self, worker: Worker, request: DecodeRequest, timeout_s: float) -> AsyncGenerator[DecodeResponse, None]:
+        """Continues a sequence. Closing the generator cancels the call."""
+
+    def release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
+        """Gives up a handle, in the background."""
+
+    def end_sequence(self, worker: Worker, request: EndSequenceRequest, request_id: str) -> None:
+        """Ends one of several sequences of a call, in the background."""
+
+    def report_lost(self, worker: Worker) -> None:
+        """Hides a worker that could not be reached, until it shows that it lives."""
 
 
 def prefill_request(choices: Sequence[Choice], worker: Worker, sampling: Sampling) -> PrefillRequest:

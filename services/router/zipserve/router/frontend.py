@@ -8,9 +8,9 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from zipserve.common import log
+from zipserve.common import tracing
 from zipserve.common.errors import DeadlineError, DrainingError, InvalidRequestError, ModelNotFoundError, ZipserveError
 from zipserve.common.guide import Guide
 from zipserve.common.kv.holders import Holders
@@ -20,6 +20,7 @@ from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
 from zipserve.router.admission import Admission, Ticket
 from zipserve.router.caller import ANYBODY, Caller
+from zipserve.router.calls import Workers
 from zipserve.router.choice import Choice, Report, job_of
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
@@ -36,15 +37,14 @@ from zipserve.router.job import (
     completion_tokens,
 )
 from zipserve.router.merge import merge
+from zipserve.router.observation import Observation
 from zipserve.router.policy import InFlight, Need
 from zipserve.router.prefixes import Prefixes
-from zipserve.router.session import Rules, Session, Workers
+from zipserve.router.session import Rules, Session
 from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.transcript import Chunk, Transcript
 from zipserve.v1.inference_service_pb2 import GenerateRequest, Model, PromptLogprobs, TokenizeRequest
 from zipserve.v1.sampling_pb2 import FinishReason
-
-_log = log.get()
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,6 @@ class Finished:
 
 
 Event = Started | PromptLogprobs | Chunk | Finished
-
-
-@dataclass
-class _Trace:
-    """What the log line of a request is made of, as far as it came."""
-
-    arrived_s: float
-    outcome: str = "CANCELLED"
-    job: Job | None = None
-    choices: list[Choice] = field(default_factory=list)
 
 
 class Frontend:
@@ -178,14 +168,18 @@ class Frontend:
                 return await self._tokenizer.decode_all(token_ids)
 
     async def generate(
-        self, request: GenerateRequest, request_id: str, deadline: Deadline, caller: Caller = ANYBODY
+        self, request: GenerateRequest, request_id: str, deadline: Deadline, caller: Caller = ANYBODY, api: str = "grpc"
     ) -> AsyncGenerator[Event, None]:
         """Answers a request. Closing the generator cancels everything behind it.
+
+        Args:
+            api: through which it came, for the log: grpc or http.
 
         Raises:
             ZipserveError: it cannot be answered.
         """
-        trace = _Trace(self._now())
+        guide = request.guide.WhichOneof("kind") or ""
+        trace = Observation(request_id, self.model.name, self._now(), caller, api, guide)
         limit = asyncio.timeout(deadline.remaining_s())
         try:
             try:
@@ -197,17 +191,17 @@ class Frontend:
                 if limit.expired():
                     raise DeadlineError("the deadline has passed")
         except ZipserveError as error:
-            trace.outcome = error.reason
+            trace.error = error
             raise
         finally:
-            self._log_finished(request_id, trace)
+            trace.finish(self._now(), self._metrics)
 
     async def _generate(
-        self, request: GenerateRequest, request_id: str, deadline: Deadline, trace: _Trace
+        self, request: GenerateRequest, request_id: str, deadline: Deadline, trace: Observation
     ) -> AsyncGenerator[Event, None]:
         with self._place() as ticket, self._metrics.running_requests.track_inprogress():
-            job = trace.job = await self._check(request, request_id, ticket)
-            self._metrics.prompt_tokens.inc(len(job.prompt))
+            job = await self._check(request, request_id, ticket)
+            trace.admit(job, self._now(), self._metrics)
             yield Started(job, self.model.name)
             async with aclosing(self._run(job, deadline, trace)) as events:
                 async for event in events:
@@ -241,7 +235,9 @@ class Frontend:
         guide = Guide.of(request)
         if guide is not None:
             await self._guides.check(guide)
-        prompt = await self._encode(request)
+        with tracing.span("tokenize") as span:
+            prompt = await self._encode(request)
+            span.set_attribute("zipserve.prompt_tokens", len(prompt))
         check_prompt(prompt, facts)
         check_prompt_logprobs(len(prompt), sampling)
         max_tokens = completion_tokens(request.stop, len(prompt), facts, self._settings)
@@ -276,7 +272,7 @@ class Frontend:
                 raise InvalidRequestError(f"there is no prompt: set {kinds}", field="prompt")
 
     async def _run(
-        self, job: Job, deadline: Deadline, trace: _Trace
+        self, job: Job, deadline: Deadline, trace: Observation
     ) -> AsyncGenerator[PromptLogprobs | Chunk | Finished, None]:
         for index in range(job.n):
             own = job_of(job, index)
@@ -291,45 +287,16 @@ class Frontend:
             rules=self._rules,
             metrics=self._metrics,
             now=self._now,
+            parent=trace.span,
         )
-        started = False
         async with aclosing(_run_parting(session)) as chunks:
             async for chunk in chunks:
-                if not started:
-                    started = True
-                    self._metrics.first_token_seconds.observe(self._now() - trace.arrived_s)
+                trace.note_token(self._now(), self._metrics)
                 if chunk:
                     yield chunk
                 if isinstance(chunk, Chunk) and chunk.ends:
                     yield _finished(trace.choices[chunk.choice], trace.arrived_s)
-        reasons = {choice.transcript.finish or FinishReason.FINISH_REASON_UNSPECIFIED for choice in trace.choices}
-        trace.outcome = "+".join(sorted(FinishReason.Name(r).removeprefix("FINISH_REASON_") for r in reasons))
-
-    def _log_finished(self, request_id: str, trace: _Trace) -> None:
-        now_s = self._now()
-        values: dict[str, object] = {"reason": trace.outcome, "seconds": round(now_s - trace.arrived_s, 4)}
-        if trace.job is not None:
-            values |= {"prompt_tokens": len(trace.job.prompt), "max_tokens": trace.job.max_tokens}
-        if trace.choices:
-            report = trace.choices[0].report
-            completion_tokens = sum(len(choice.transcript.token_ids) for choice in trace.choices)
-            self._metrics.generated_tokens.inc(completion_tokens)
-            values |= {
-                "choices": len(trace.choices),
-                "completion_tokens": completion_tokens,
-                "replays": sum(choice.report.replays for choice in trace.choices),
-                "queue_s": round(report.queue_s, 4),
-                "prefill_s": round(report.prefill_s, 4),
-                "cached_tokens": report.cached_tokens,
-                "transfer_s": round(report.transfer_s, 4),
-                "kv_bytes": report.kv_bytes,
-                "prefill_worker": report.prefill_worker,
-                "decode_worker": report.decode_worker,
-            }
-            if report.first_token_at_s is not None and report.last_token_at_s is not None:
-                values["first_token_s"] = round(report.first_token_at_s - trace.arrived_s, 4)
-                values["decode_s"] = round(report.last_token_at_s - report.first_token_at_s, 4)
-        _log.info("request.finished", request_id=request_id, model=self.model.name, **values)
+        trace.complete = True
 
 
 async def _run_parting(session: Session) -> AsyncGenerator[PromptLogprobs | Chunk, None]:

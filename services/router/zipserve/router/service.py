@@ -1,14 +1,16 @@
 """The router as `zipserve.common.rpc.server` runs it: loads the tokenizer, watches the registry, drains."""
 
 import asyncio
+import secrets
 from contextlib import AsyncExitStack
 
 import grpc
 
-from zipserve.common import log
+from zipserve.common import __version__, log
 from zipserve.common.directory import DirectoryView
 from zipserve.common.guide_matcher import GuideTokenizer
 from zipserve.common.kv.holders import Holders
+from zipserve.common.levels import tell_build
 from zipserve.common.metrics import Metrics
 from zipserve.common.models import resolve
 from zipserve.common.registry import RegistryView
@@ -24,7 +26,7 @@ from zipserve.router.tokenizer import PromptTokenizer
 from zipserve.router.workers import GrpcWorkers
 from zipserve.v1.inference_service_pb2 import DESCRIPTOR
 from zipserve.v1.inference_service_pb2_grpc import add_InferenceServiceServicer_to_server
-from zipserve.v1.worker_service_pb2 import Capabilities, Load
+from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
 _log = log.get()
 
@@ -33,7 +35,7 @@ class RouterService:
     """A `zipserve.common.rpc.server.Service`."""
 
     def __init__(self, settings: RouterSettings) -> None:
-        self.metrics = Metrics()
+        self.metrics = Metrics("router")
         self._settings = settings
         self._resources = AsyncExitStack()
         self._frontend: Frontend | None = None
@@ -43,6 +45,16 @@ class RouterService:
     async def start(self, address: str) -> None:
         """Reads the model's files and takes the first look at the registry."""
         model = await asyncio.to_thread(resolve, self._settings.model)
+        self._capabilities = Capabilities(
+            worker_id=self._settings.worker_id,
+            incarnation=secrets.randbits(64),
+            role=WorkerRole.WORKER_ROLE_ROUTER,
+            address=address,
+            model=model.name,
+            model_revision=model.revision,
+            version=__version__,
+        )
+        tell_build(self.metrics, "router", model=model.name)
         tokenizer = await asyncio.to_thread(PromptTokenizer.load, model.folder)
         facts = await asyncio.to_thread(ModelFacts.read, model.folder)
         eos = sorted(facts.eos_token_ids)
@@ -84,9 +96,9 @@ class RouterService:
         add_InferenceServiceServicer_to_server(servicer, server)
         return [service.full_name for service in DESCRIPTOR.services_by_name.values()]
 
-    def capabilities(self) -> Capabilities | None:
-        """None: nobody looks a router up in the registry."""
-        return None
+    def capabilities(self) -> Capabilities:
+        """Who it is, for those who watch the cluster; workers do not look routers up."""
+        return self._capabilities
 
     def load(self) -> Load:
         """Requests in flight."""

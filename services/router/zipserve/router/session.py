@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
-from typing import Protocol
+
+from opentelemetry.trace import Span
 
 from zipserve.common import log, tracing
 from zipserve.common.errors import (
@@ -27,7 +28,7 @@ from zipserve.common.errors import (
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.sampling import Sampling
-from zipserve.router.calls import decode_request, prefill_request
+from zipserve.router.calls import Workers, decode_request, prefill_request
 from zipserve.router.choice import Choice
 from zipserve.router.policy import (
     Alone,
@@ -43,10 +44,9 @@ from zipserve.router.policy import (
 )
 from zipserve.router.prefixes import Prefixes
 from zipserve.router.transcript import Chunk
-from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeRequest, DecodeResponse, EndSequenceRequest
+from zipserve.v1.decode_service_pb2 import DecodedTokens, DecodeResponse, EndSequenceRequest
 from zipserve.v1.inference_service_pb2 import PromptLogprobs
-from zipserve.v1.kv_pb2 import KvHandle
-from zipserve.v1.prefill_service_pb2 import FirstToken, PrefillRequest, PrefillResponse
+from zipserve.v1.prefill_service_pb2 import FirstToken, PrefillResponse
 from zipserve.v1.sampling_pb2 import FinishReason, TokenLogprobs
 
 _log = log.get()
@@ -55,34 +55,6 @@ _BACKOFF_MAX_S = 1.0
 _STREAM_ID_BYTES = 16
 _SETTLE_S = 1.0
 """How long the end of a stream is waited for after its last token is known."""
-
-
-class Workers(Protocol):
-    """The workers, as a session reaches them. Calls raise ZipserveError."""
-
-    def prefills(self) -> Sequence[Worker]:
-        """Prefill workers that take work."""
-
-    def decodes(self) -> Sequence[Worker]:
-        """Decode workers that take work."""
-
-    async def wait_for_change(self, timeout_s: float) -> None:
-        """Returns when there may be news of the workers, or after the time."""
-
-    async def prefill(self, worker: Worker, request: PrefillRequest, timeout_s: float) -> PrefillResponse:
-        """Computes a prompt."""
-
-    def decode(self, worker: Worker, request: DecodeRequest, timeout_s: float) -> AsyncGenerator[DecodeResponse, None]:
-        """Continues a sequence. Closing the generator cancels the call."""
-
-    def release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
-        """Gives up a handle, in the background."""
-
-    def end_sequence(self, worker: Worker, request: EndSequenceRequest, request_id: str) -> None:
-        """Ends one of several sequences of a call, in the background."""
-
-    def report_lost(self, worker: Worker) -> None:
-        """Hides a worker that could not be reached, until it shows that it lives."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +84,7 @@ class Session:
         metrics: Metrics,
         now: Callable[[], float] = time.monotonic,
         failed: Collection[WorkerKey] = (),
+        parent: Span = tracing.NONE,
     ) -> None:
         self._choices = choices
         self._job = choices[0].job
@@ -124,6 +97,10 @@ class Session:
         self._metrics = metrics
         self._now = now
         self._failed = set(failed)
+        self._parent = parent
+        """Span of the request."""
+        self._span = parent
+        """Of the attempt."""
         self._overloads: dict[WorkerKey, tuple[float, OverloadedError]] = {}
         """Until when a worker wants to be left alone, and its words."""
         self._failures = 0
@@ -149,9 +126,10 @@ class Session:
             route = await self._next_route()
             tokens_before = self._tokens
             try:
-                async with aclosing(self._attempt(route)) as chunks:
-                    async for chunk in chunks:
-                        yield chunk
+                with tracing.lasting("attempt", self._parent) as self._span:
+                    async with aclosing(self._attempt(route)) as chunks:
+                        async for chunk in chunks:
+                            yield chunk
             except ZipserveError as error:
                 # a first token proves nothing: with a broken handoff every prefill would still yield one
                 if self._tokens - tokens_before > len(self._choices):
@@ -168,7 +146,7 @@ class Session:
             return []
         where = (self._need, self._workers, self._in_flight, self._prefixes)
         how = (self._deadline, self._rules, self._metrics, self._now)
-        return [Session([choice], *where, *how, self._failed) for choice in self._unfinished()]
+        return [Session([choice], *where, *how, self._failed, self._parent) for choice in self._unfinished()]
 
     @property
     def _tokens(self) -> int:
@@ -179,6 +157,18 @@ class Session:
         return [choice for choice in self._choices if choice.transcript.finish is None]
 
     async def _next_route(self) -> Pair | Alone:
+        """Waits for workers that can serve this."""
+        asked_s = self._now()
+        try:
+            with tracing.using(self._parent), tracing.span("route"):
+                return await self._wait_for_route()
+        finally:
+            waited_s = self._now() - asked_s
+            self._metrics.queue_seconds.observe(waited_s)
+            for choice in self._choices:
+                choice.report.route_s += waited_s
+
+    async def _wait_for_route(self) -> Pair | Alone:
         give_up_s = self._now() + self._rules.worker_wait_s
         while True:
             prefills, decodes = None if self._is_local() else self._workers.prefills(), self._workers.decodes()
@@ -278,7 +268,8 @@ class Session:
         for choice in self._choices:
             choice.report.prefill_worker = worker.worker_id
         request = prefill_request(self._choices, worker, self._sampling())
-        answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
+        with tracing.using(self._span):
+            answer = await self._workers.prefill(worker, request, self._deadline.remaining_s())
         for choice in self._choices:
             choice.report.count_prefill(answer, len(self._job.prompt))
         return answer
@@ -303,7 +294,9 @@ class Session:
         request = decode_request(choices, answer, sampling, self._stream_id)
         pulled = False
         try:
-            async with aclosing(self._workers.decode(worker, request, timeout_s)) as events:
+            with tracing.using(self._span):
+                stream = self._workers.decode(worker, request, timeout_s)
+            async with aclosing(stream) as events:
                 async for event in events:
                     pulled |= event.HasField("pulled")
                     for chunk in self._take(event, choices, worker):
@@ -363,9 +356,11 @@ class Session:
     def _append(self, choice: Choice, made: DecodedTokens) -> Chunk:
         chunk = choice.transcript.append(made.position, made.token_ids, made.logprobs, complete=made.complete)
         if chunk.token_ids:
-            choice.report.last_token_at_s = self._now()
-            if choice.report.first_token_at_s is None:
-                choice.report.first_token_at_s = choice.report.last_token_at_s
+            gap_s = choice.report.count_tokens(len(chunk.token_ids), self._now())
+            if gap_s is not None:
+                self._metrics.inter_token_seconds.observe(gap_s)
+            for _ in chunk.token_ids[1:]:  # they came at the same time as the one before
+                self._metrics.inter_token_seconds.observe(0.0)
         return chunk
 
     def _note_failure(self, error: ZipserveError, route: Pair | Alone) -> None:
@@ -384,6 +379,7 @@ class Session:
             self._overloads[worker.key] = self._now() + error.retry_after_s, error
         for choice in self._unfinished():
             choice.report.replays += 1
+            choice.report.replay_reasons[error.reason] += 1
         self._metrics.replays.labels(error.reason).inc()
         _log.warning(
             "request.replayed",

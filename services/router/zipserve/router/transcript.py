@@ -52,6 +52,15 @@ class Transcript:
         return len(self._job.prompt) + len(self.token_ids)
 
     @property
+    def stop_cause(self) -> str:
+        """What ended the generation: a stop string, a token, or the length; empty while it goes on."""
+        if self.finish is None:
+            return ""
+        if self.finish == FinishReason.FINISH_REASON_LENGTH:
+            return "length"
+        return "token" if self.stop_string is None else "string"
+
+    @property
     def sequence(self) -> list[int]:
         """The prompt's tokens and the generated ones."""
         return [*self._job.prompt, *self.token_ids]

@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from functools import partial
 
+from opentelemetry.trace import Span, SpanKind
+
 from zipserve.common import log, tracing
 from zipserve.common.errors import ZipserveError
 from zipserve.common.registry import RegistryView, WorkerRecord
@@ -22,7 +24,7 @@ _GIVE_UP_TIMEOUT_S = 2.0
 
 
 class GrpcWorkers:
-    """Calls workers; see `session.Workers`."""
+    """Calls workers; see `calls.Workers`."""
 
     def __init__(self, view: RegistryView, channels: ChannelPool) -> None:
         self._view = view
@@ -45,21 +47,26 @@ class GrpcWorkers:
     async def prefill(self, worker: Worker, request: PrefillRequest, timeout_s: float) -> PrefillResponse:
         """Computes a prompt."""
         stub = PrefillServiceStub(self._channels.get(worker.address))
-        with client_errors():
+        with tracing.span("prefill", _attributes(worker), kind=SpanKind.CLIENT), client_errors():
             return await stub.Prefill(request, timeout=timeout_s, metadata=tracing.outgoing(request.request_id))
 
-    async def decode(
-        self, worker: Worker, request: DecodeRequest, timeout_s: float
-    ) -> AsyncGenerator[DecodeResponse, None]:
+    def decode(self, worker: Worker, request: DecodeRequest, timeout_s: float) -> AsyncGenerator[DecodeResponse, None]:
         """Continues a sequence. Closing the generator cancels the call."""
+        return self._decode(worker, request, timeout_s, tracing.current())
+
+    async def _decode(
+        self, worker: Worker, request: DecodeRequest, timeout_s: float, parent: Span
+    ) -> AsyncGenerator[DecodeResponse, None]:
         stub = DecodeServiceStub(self._channels.get(worker.address))
-        call = stub.Decode(request, timeout=timeout_s, metadata=tracing.outgoing(request.request_id))
-        try:
-            with client_errors():
+        with tracing.lasting("decode", parent, _attributes(worker), kind=SpanKind.CLIENT) as span, client_errors():
+            with tracing.using(span):
+                metadata = tracing.outgoing(request.request_id)
+            call = stub.Decode(request, timeout=timeout_s, metadata=metadata)
+            try:
                 async for event in call:
                     yield event
-        finally:
-            call.cancel()
+            finally:
+                call.cancel()
 
     def release(self, worker: Worker, handle: KvHandle, request_id: str) -> None:
         """Gives up a handle; if that fails, its lease runs out by itself."""
@@ -108,6 +115,11 @@ class GrpcWorkers:
             now[record.worker_id] = known if known and known[0] is record else (record, _plain(record))
         self._known[role] = now
         return [worker for _, worker in now.values()]
+
+
+def _attributes(worker: Worker) -> dict[str, str]:
+    """Of the span of a call."""
+    return {"zipserve.worker": worker.worker_id, "zipserve.layout": worker.layout_description}
 
 
 def _plain(record: WorkerRecord) -> Worker:

@@ -35,6 +35,11 @@ class SlabAllocator:
         """Slabs that are kept, and that nobody else holds."""
         return self._idle
 
+    @property
+    def used(self) -> int:
+        """Slabs that somebody holds who does not only keep them."""
+        return self.count - self.free - self.idle
+
     def take(self, count: int) -> list[int]:
         """Takes `count` slabs, all or none.
 

@@ -107,6 +107,18 @@ class Layout:
             f"rank {self.rank}/{self.ranks} v{self.version}"
         )
 
+    @property
+    def precision(self) -> str:
+        """Of the codes of a sealed block, for people: a dtype, bits, or bits of keys and of values (`4/32`)."""
+        return self.precision_of(SlabKind.BLOCK)
+
+    def precision_of(self, kind: SlabKind) -> str:
+        """The same of any slab."""
+        if kind is not SlabKind.BLOCK and self.codec != "raw":
+            return "8" if kind is SlabKind.TAIL else "float16"
+        name, _, profile = self.codec.partition("-")
+        return {"raw": self.dtype, "int8": "8", "int4": "4", "zipcache": "4/2"}.get(name, profile)
+
     @cached_property
     def zip_format(self) -> ZipFormat | None:
         """Format of a zipped layer; None for other codecs."""

@@ -93,6 +93,10 @@ class SlabPools:
         }
         return {kind: max(0, count - len(slabs.of(kind))) for kind, count in needed.items()}
 
+    def of(self, kind: SlabKind) -> SlabAllocator:
+        """Who holds which slabs of a kind."""
+        return self._pools[kind]
+
     def free(self, kind: SlabKind) -> int:
         """Slabs of a kind that nobody holds."""
         return self._pools[kind].free

@@ -76,7 +76,8 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         started_s = time.monotonic()
         reason = "CANCELLED"
         bound = structlog.contextvars.bound_contextvars(request_id=request_id)
-        with _gone_is_cancelled(), bound, tracing.server_span(method, metadata):
+        with _gone_is_cancelled(), bound, tracing.server_span(method, metadata) as span:
+            tracing.annotate("zipserve.request_id", lambda: request_id, span)
             try:
                 if isinstance(request, _Malformed):
                     raise InvalidRequestError(f"the request is not a valid message: {request.reason}")
@@ -84,17 +85,21 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
                 reason = "OK"
             except ZipserveError as error:
                 reason = error.reason
+                tracing.fail(span, error)
                 await _abort(context, error)
             except TimeoutError as error:
                 reason = DeadlineError.reason
-                await _abort(context, DeadlineError(str(error) or "the deadline passed"))
+                late = DeadlineError(str(error) or "the deadline passed")
+                tracing.fail(span, late)
+                await _abort(context, late)
             except grpc.aio.AbortError:
                 reason = "ABORTED"
                 raise
             except grpc.aio.BaseError:  # the call is over: its client has gone, or the server has stopped
                 raise
-            except Exception:  # noqa: BLE001  # whatever it is, the caller gets a typed error
+            except Exception as error:  # noqa: BLE001  # whatever it is, the caller gets a typed error
                 reason = InternalError.reason
+                tracing.fail(span, error)
                 _log.exception("rpc.failed", method=method)
                 await _abort(context, InternalError("internal error; the server's log has the details"))
             finally:

@@ -10,7 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from zipserve.common import log
+from zipserve.common import log, telemetry
 from zipserve.common.errors import InternalError
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryWriter
@@ -34,7 +34,7 @@ class Service(Protocol):
         """Adds the servicers to a server and returns their full names."""
 
     def capabilities(self) -> worker_service_pb2.Capabilities | None:
-        """What the registry shall know; None for a service that nobody looks up there."""
+        """What the registry shall know, always the same object; None for a service that nobody looks up there."""
 
     def load(self) -> worker_service_pb2.Load:
         """The load now."""
@@ -98,7 +98,8 @@ async def serve(
     try:
         await service.start(address)
         names = service.add_to(server)
-        if service.capabilities() is not None:
+        facts = service.capabilities()
+        if facts is not None and facts.role != worker_service_pb2.WorkerRole.WORKER_ROLE_ROUTER:  # its face is public
             worker_service_pb2_grpc.add_WorkerServiceServicer_to_server(WorkerServicer(service), server)
             names.append("zipserve.v1.WorkerService")
         await _serve_started(service, settings, server, names, address, shutdown, on_ready)
@@ -120,11 +121,14 @@ async def _serve_started(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     if settings.reflection:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    service.metrics.serve(settings.host, settings.metrics_port)
+    facts = service.capabilities()
+    metrics_port = service.metrics.serve(settings.host, settings.metrics_port)
+    if facts is not None and metrics_port is not None:
+        facts.metrics_address = settings.advertised(metrics_port)
     await server.start()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-    async with RegistryWriter(settings, service.capabilities(), service.load):
+    async with RegistryWriter(settings, facts, service.load):
         _log.info("service.ready", address=address)
         if on_ready is not None:
             on_ready(address)
@@ -172,4 +176,5 @@ def run(service_name: str, service: Service, settings: ServiceSettings) -> None:
         stop_on_signals(shutdown)
         await serve(service, settings, shutdown)
 
-    asyncio.run(main())
+    with telemetry.exporting(service_name, settings):
+        asyncio.run(main())

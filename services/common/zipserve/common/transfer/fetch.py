@@ -3,6 +3,9 @@
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from opentelemetry.trace import Span
 
 from zipserve.common import log, tracing
 from zipserve.common.errors import BlockSwappedError, ZipserveError
@@ -23,6 +26,12 @@ from zipserve.v1 import kv_pb2, kv_store_service_pb2
 _log = log.get()
 _AVOIDED_S = {"failed": 5.0, "missed": 0.5}
 """How long a holder is left alone that does not answer as it should, or that has less than the directory tells."""
+
+
+class _Fetch(NamedTuple):
+    task: "asyncio.Task[None]"
+    span: Span
+    """In the trace of the request that came first; those of others have links to it."""
 
 
 class PrefixFetcher:
@@ -57,7 +66,7 @@ class PrefixFetcher:
         self._metrics = metrics
         self._time_s = time_s
         self._turns = asyncio.Semaphore(fetches_max)
-        self._coming: dict[bytes, asyncio.Task[None]] = {}
+        self._coming: dict[bytes, _Fetch] = {}
         """Blocks that are being fetched."""
         self._avoided: dict[HolderKey, float] = {}
         """Until when."""
@@ -72,47 +81,59 @@ class PrefixFetcher:
             found = len(self._index.find(names))
             if found == len(names):
                 return
-            fetching = self._coming.get(names[found]) or self._start(names, found, request_id)
-            if fetching is None:
+            fetch = self._coming.get(names[found])
+            if fetch is not None:
+                tracing.link(fetch.span)
+            else:
+                fetch = self._start(names, found, request_id)
+            if fetch is None:
                 return
-            await asyncio.wait({fetching}, timeout=left_s)  # it goes on without us: others may wait for it too
+            await asyncio.wait({fetch.task}, timeout=left_s)  # it goes on without us: others may wait for it too
 
     async def close(self) -> None:
         """Ends all fetches."""
-        fetches = set(self._coming.values())
+        fetches = {fetch.task for fetch in self._coming.values()}
         for fetching in fetches:
             fetching.cancel()
         await asyncio.gather(*fetches, return_exceptions=True)
 
-    def _start(self, names: Sequence[bytes], found: int, request_id: str) -> "asyncio.Task[None] | None":
+    def _start(self, names: Sequence[bytes], found: int, request_id: str) -> _Fetch | None:
         """Fetches what is missing from whoever has most of it; None: nobody has more."""
         holder, blocks = self._best(names, found)
         if holder is None:
             return None
         coming = [name for name in names[found:blocks] if name not in self._coming]
-        fetching = asyncio.create_task(self._fetch_from(holder, names[:blocks], request_id), name="prefix-fetch")
-        self._coming.update(dict.fromkeys(coming, fetching))
+        span = tracing.start("kv.fetch", attributes={"zipserve.peer": holder[0]})
+        task = asyncio.create_task(self._fetch_from(holder, names[:blocks], request_id, span), name="prefix-fetch")
+        fetch = _Fetch(task, span)
+        self._coming.update(dict.fromkeys(coming, fetch))
 
         def forget(_: object) -> None:
+            span.end()
             for name in coming:
                 del self._coming[name]
 
-        fetching.add_done_callback(forget)
-        return fetching
+        task.add_done_callback(forget)
+        return fetch
 
-    async def _fetch_from(self, holder: HolderKey, names: Sequence[bytes], request_id: str) -> None:
+    async def _fetch_from(self, holder: HolderKey, names: Sequence[bytes], request_id: str, span: Span) -> None:
         started_s = time.monotonic()
         fetched, outcome = 0, "failed"
         try:
             async with self._turns:
-                fetched = await self._read(holder, names, Deadline(self._time_s), request_id)
+                with tracing.using(span):
+                    fetched = await self._read(holder, names, Deadline(self._time_s), request_id)
             outcome = "fetched" if fetched else "missed"
         except ZipserveError as error:
+            tracing.fail(span, error)
             _log.warning("prefix.not_fetched", peer=holder[0], reason=error.reason, error=error.message)
-        except Exception:  # noqa: BLE001  # a prompt can do without it
+        except Exception as error:  # noqa: BLE001  # a prompt can do without it
+            tracing.fail(span, error)
             _log.exception("prefix.not_fetched", peer=holder[0])
         if not fetched:
             self._avoided[holder] = time.monotonic() + _AVOIDED_S[outcome]
+        tracing.annotate("zipserve.kv.found", lambda: outcome, span)
+        tracing.annotate("zipserve.kv.blocks", lambda: fetched, span)
         self._metrics.prefix_fetches.labels(outcome).inc()
         self._metrics.prefix_blocks_fetched.inc(fetched)
         _log.debug("prefix.fetched", peer=holder[0], blocks=fetched, seconds=round(time.monotonic() - started_s, 4))

@@ -47,6 +47,12 @@ class HeldLease:
             LeaseExpiredError: it was not alive before, or not any more after the read; what was read is void.
             HandoffError, WorkerLostError, DeadlineError: see `KvPuller`.
         """
+        with tracing.span("kv.pull", {"zipserve.peer": self._claims.worker_id}) as span:
+            stats = await self._pull(local_slabs, deadline)
+            span.set_attributes({"zipserve.kv.bytes": stats.size_bytes, "zipserve.kv.blocks": stats.blocks})
+        return stats
+
+    async def _pull(self, local_slabs: Sequence[int | None], deadline: Deadline) -> "PullStats":
         stats = await self.while_alive(self._puller.read(self._claims, local_slabs, deadline))
         releasing = asyncio.create_task(self._release(deadline.remaining_s(_RPC_TIMEOUT_S)), name="lease-release")
         started_s = time.monotonic()

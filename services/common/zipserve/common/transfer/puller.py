@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import grpc
 from redis.exceptions import RedisError
 
-from zipserve.common import log
+from zipserve.common import log, tracing
 from zipserve.common.errors import (
     BlockStaleError,
     BlockSwappedError,
@@ -38,6 +38,7 @@ from zipserve.v1 import (
     kv_transfer_service_pb2,
     kv_transfer_service_pb2_grpc,
 )
+from zipserve.v1.worker_service_pb2 import WorkerRole
 
 _log = log.get()
 _RPC_TIMEOUT_S = 5.0
@@ -58,6 +59,8 @@ class PullStats:
 @dataclass(frozen=True)
 class _Peer:
     incarnation: int
+    role: str
+    """In metrics and spans."""
     agent: str
     arenas: dict[SlabKind, ArenaInfo]
 
@@ -172,7 +175,8 @@ class KvPuller:
             HandoffError: of the class that tells what was wrong. DeadlineError. WorkerLostError.
         """
         try:
-            peer = await self._connect(claims.worker_id, claims.incarnation, deadline.remaining_s(_RPC_TIMEOUT_S))
+            with tracing.span("kv.connect"):
+                peer = await self._connect(claims.worker_id, claims.incarnation, deadline.remaining_s(_RPC_TIMEOUT_S))
         except WorkerLostError:
             deadline.remaining_s()  # when it has passed meanwhile, then that is the reason
             raise
@@ -183,14 +187,16 @@ class KvPuller:
         started_s = time.monotonic()
         types = (peer.arenas[SlabKind.BLOCK].memory_type, self._arenas[SlabKind.BLOCK].memory_type)
         try:
-            size_bytes = await self._transport.read(peer.agent, ranges, types, deadline.remaining_s())
+            with tracing.span("kv.transfer", {"zipserve.kv.slabs": len(ranges)}) as span:
+                size_bytes = await self._transport.read(peer.agent, ranges, types, deadline.remaining_s())
+                span.set_attribute("zipserve.kv.bytes", size_bytes)
         finally:
             # else the transport has dropped it, and the next pull connects anew
             if self._peers.get(claims.worker_id) is peer and not self._transport.is_connected(peer.agent):
                 del self._peers[claims.worker_id]
         read_s = time.monotonic()
-        self._metrics.transfer_bytes.inc(size_bytes)
-        self._metrics.transfer_seconds.observe(read_s - started_s)
+        self._metrics.transfer_bytes.labels(peer.role).inc(size_bytes)
+        self._metrics.transfer_seconds.labels(peer.role).observe(read_s - started_s)
         blocks = sum(ref.kind == kv_pb2.SLAB_KIND_BLOCK for ref, _ in wanted)
         return PullStats(size_bytes, blocks, read_s - started_s, 0.0)
 
@@ -200,7 +206,8 @@ class KvPuller:
         Raises:
             HandoffError: of the class that tells what was wrong.
         """
-        await asyncio.to_thread(self._verify, claims, _wanted(claims, local_slabs))
+        with tracing.span("kv.verify"), self._metrics.verify_seconds.time():
+            await asyncio.to_thread(self._verify, claims, _wanted(claims, local_slabs))
 
     async def stub(self, worker_id: str, incarnation: int) -> "kv_transfer_service_pb2_grpc.KvTransferServiceAsyncStub":
         """The KvTransferService of one life of a worker.
@@ -271,19 +278,20 @@ class KvPuller:
         if peer is not None:
             del self._peers[worker_id]
             await self._transport.disconnect(peer.agent)
-        stub = await self.stub(worker_id, incarnation)
+        stub, record = await self.stub(worker_id, incarnation), await self._find(worker_id, incarnation)
         request = kv_transfer_service_pb2.ConnectRequest(
             worker_id=self._worker_id,
             expected_incarnation=incarnation,
             layout_fingerprint=self._layout.fingerprint,
         )
         with client_errors():
-            answer = await stub.Connect(request)
+            answer = await stub.Connect(request, metadata=tracing.outgoing(""))
         arenas = {SlabKind(a.kind): _arena(a) for a in answer.arenas if a.kind in _KINDS}
         if not set(arenas) >= set(self._arenas):
             raise LayoutMismatchError(f"{worker_id} offers no arena for some kind of slab")
         agent = await self._transport.connect(answer.agent_metadata)
-        self._peers[worker_id] = _Peer(incarnation, agent, arenas)
+        role = WorkerRole.Name(record.capabilities.role).removeprefix("WORKER_ROLE_").lower()
+        self._peers[worker_id] = _Peer(incarnation, role, agent, arenas)
         _log.info("peer.connected", peer=worker_id, peer_incarnation=f"{incarnation:016x}")
         return self._peers[worker_id]
 

@@ -102,7 +102,7 @@ async def _of_prompt(
     frontend: Frontend, call: Call, index: int, request: GenerateRequest, request_id: str, names: Mapping[str, str]
 ) -> Events:
     try:
-        async with aclosing(frontend.generate(request, request_id, call.deadline, call.caller)) as events:
+        async with aclosing(frontend.generate(request, request_id, call.deadline, call.caller, "http")) as events:
             async for event in events:
                 yield index, event
     except ZipserveError as error:
