@@ -43,7 +43,7 @@ async def stub(stack: Processes) -> AsyncIterator[Stub]:
         yield InferenceServiceStub(channels.get(stack.router))
 
 
-async def pools_are_full(stack: Processes) -> None:
+async def pools_are_full(stack: Processes, within_s: float = 15) -> None:
     """Every worker is idle and holds no slab and no lease."""
 
     def full() -> bool:
@@ -59,7 +59,7 @@ async def pools_are_full(stack: Processes) -> None:
             for load in loads
         )
 
-    await until(full, "all pools are back at their starting level", timeout_s=15)
+    await until(full, "all pools are back at their starting level", timeout_s=within_s)
 
 
 async def test_concurrent_streams_finish_with_the_right_tokens(stack: Processes, stub: Stub, tiny_model: Path) -> None:
@@ -103,6 +103,17 @@ async def test_cancelling_at_once_frees_everything(stack: Processes, stub: Stub)
 
     await asyncio.gather(*(give_up(i) for i in range(STREAMS)))
     await pools_are_full(stack)
+
+
+async def test_a_dropped_stream_frees_everything_at_once(stack: Processes, stub: Stub) -> None:
+    await pools_are_full(stack)
+    call = stub.Generate(request(prompt(6), 2_000), timeout=60)
+    async for response in call:
+        if response.delta.index > 3:
+            break
+    call.cancel()
+    # heartbeats tell of it a little later than it is
+    await pools_are_full(stack, within_s=1.5)
 
 
 async def test_passed_deadlines_free_everything(stack: Processes, stub: Stub) -> None:
