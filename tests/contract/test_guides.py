@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +127,15 @@ async def stack(cluster_workers: Workers, tiny_model: Path, redis_url: str, clus
 
 
 def fail_at(decode: Decode, *steps: int) -> None:
-    """Lets the device fail in its steps of these numbers."""
+    """Lets every sequence fail in the device's steps of these numbers."""
     forward, count = decode.service.device.engine.forward, 0
 
     def failing(segments: Any) -> Any:
         nonlocal count
         count += 1
-        if count in steps:
-            raise RuntimeError("the device is ill")
-        return forward(segments)
+        step = forward(segments)
+        ill = errors.UnavailableError("the device is ill")
+        return replace(step, failed=dict.fromkeys(range(len(segments)), ill)) if count in steps else step
 
     decode.service.device.engine.forward = failing  # type: ignore[method-assign]
 
