@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from structlog.testing import capture_logs
 
 from hooked_nixl import Hooks
@@ -47,7 +48,9 @@ async def traced(model: Path, redis_url: str, cluster: str, hooks: Hooks, **deco
     values = {"model": str(model), "redis_url": redis_url, "cluster": cluster, "secret": SECRET, "heartbeat_s": 0.05}
     async with AsyncExitStack() as stack:
         collector = stack.enter_context(collecting())
-        settings = RouterSettings.model_validate({**values, "otlp_endpoint": collector.endpoint})
+        settings = RouterSettings.model_validate(
+            {**values, "otlp_endpoint": collector.endpoint, "http_listen": "127.0.0.1:0"}
+        )
         stack.enter_context(telemetry.exporting("test", settings))
         started = await stack.enter_async_context(workers(model, redis_url, cluster))
         pair = await started.pair(hooks.open, decode=decode)
@@ -87,6 +90,24 @@ async def test_a_request_is_one_trace(tiny_model: Path, redis_url: str, cluster:
         assert parent is None or parent.start_ns - 1_000_000 <= span.start_ns
     (line,) = [line for line in lines if line["event"] == "request.finished"]
     assert line["trace_id"] == TRACE_ID
+
+
+async def test_a_request_over_http_is_one_trace(tiny_model: Path, redis_url: str, cluster: str) -> None:
+    async with traced(tiny_model, redis_url, cluster, Hooks()) as stack, httpx.AsyncClient() as client:
+        url = f"http://{stack.router.http_address}/v1/completions"
+        body = {"model": tiny_model.name, "prompt": prompt(40), "max_tokens": 12, "stream": True}
+        answer = await client.post(url, json=body, headers=dict(CALLER), timeout=60)
+        assert answer.status_code == 200, answer.text
+        refused = await client.post(url, json={**body, "model": "other"}, headers=dict(CALLER), timeout=60)
+        assert refused.status_code == 404
+    seen = stack.collector
+    done, failed = seen.named("POST /v1/completions")
+    assert done.trace_id == failed.trace_id == TRACE_ID
+    assert seen.tree(done, without=LEASES) == {
+        "POST /v1/completions": ["tokenize", "route", {"attempt": [{"prefill": [PREFILL]}, {"decode": [DECODE]}]}]
+    }
+    assert (done.failed, done.attributes["zipserve.api"]) == (False, "http")
+    assert (failed.failed, failed.attributes["error.type"]) == (True, "MODEL_NOT_FOUND")
 
 
 async def test_a_replayed_request_is_one_trace(tiny_model: Path, redis_url: str, cluster: str) -> None:

@@ -5,6 +5,7 @@ certificates, batches and limits. Without one, the SDK is not even imported.
 """
 
 import logging
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,11 +13,13 @@ from zipserve.common import __version__, log, tracing
 from zipserve.common.settings import ServiceSettings
 
 _log = log.get()
+_FLUSH_S = 3.0
+"""For the last spans: by itself the SDK tries for 10 s to reach a collector that is gone."""
 
 
 @contextmanager
 def exporting(service: str, settings: ServiceSettings) -> Iterator[None]:
-    """Traces while the context is open; what is left then is sent."""
+    """Traces while the context is open; what is left then is sent, for some seconds at most."""
     if not settings.otlp_endpoint:
         yield
         return
@@ -41,7 +44,9 @@ def exporting(service: str, settings: ServiceSettings) -> Iterator[None]:
         yield
     finally:
         tracing.use(None)
-        provider.shutdown()
+        ending = threading.Thread(target=provider.shutdown, name="last-spans", daemon=True)
+        ending.start()
+        ending.join(_FLUSH_S)
 
 
 def _catch_warnings() -> None:

@@ -60,6 +60,8 @@ class Observation:
         """It has ended, in whatever way."""
         self._count(now_s, metrics)
         values = self._values(now_s)
+        if self.error is not None:
+            tracing.fail(self.span, self.error)
         if self.span.is_recording():
             told = {key: value for key, value in values.items() if isinstance(value, str | int | float) and value != ""}
             self.span.set_attributes({f"zipserve.{key}": value for key, value in told.items()})

@@ -71,6 +71,8 @@ class RouterService:
         if self._settings.http_listen:
             self._http = await self._serve_http(self._frontend, tokenizer)
             self._resources.push_async_callback(self._http.stop)
+            host, _, port = self._http.address.rpartition(":")
+            self._capabilities.metrics_address = f"{self._settings.advertise_host or host}:{port}"
             _log.info("http.ready", address=self._http.address)
 
     async def _serve_http(self, frontend: Frontend, tokenizer: PromptTokenizer) -> HttpServer:
