@@ -2,7 +2,8 @@
 
 llguidance does the work: an Earley parser over a lexer, walked along a trie of the vocabulary. What it may cost is
 bounded by its own fuel, which is counted and not timed, so that a guide works everywhere or nowhere. All of this
-blocks: compiling a guide takes a millisecond to a second, a mask 0.1 to 10 milliseconds, an advance less than that.
+blocks: compiling a guide takes a millisecond to a second, and much longer for some that end up refused; a mask takes
+0.1 to 10 milliseconds, an advance less than that.
 """
 
 import json
