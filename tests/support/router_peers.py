@@ -97,6 +97,8 @@ class Peer:
     cached_tokens: int = 0
     """That it says to have found of every prompt."""
     context_tokens: int = CONTEXT_TOKENS
+    queued_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
     position: int = 0
     """Of the last token decoded, in any call."""
     address: str = ""
@@ -134,7 +136,13 @@ class Peer:
         )
 
     def load(self) -> Load:
-        return Load(draining=self.draining, free_blocks=10, total_blocks=10)
+        return Load(
+            draining=self.draining,
+            free_blocks=10,
+            total_blocks=10,
+            queued_tokens=self.queued_tokens,
+            prefill_tokens_per_second=self.prefill_tokens_per_s,
+        )
 
     def begin_drain(self) -> None:
         self.draining = True

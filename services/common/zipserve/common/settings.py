@@ -61,6 +61,11 @@ class ServiceSettings(BaseSettings):
     """Time after which a silent worker leaves the registry, in seconds; at least three heartbeats."""
     message_bytes_max: int = Field(default=4 << 20, ge=1 << 16)
     """Largest gRPC message accepted, in bytes."""
+    connection_calls_max: int = Field(default=1024, ge=1)
+    """Most calls at once over one connection; more wait at the client."""
+    connection_age_max_s: float = Field(default=0.0, ge=0.0)
+    """Age at which a client is asked for a new connection, so that it finds other replicas, in seconds; calls end on
+    the old one. 0: never."""
     reflection: bool = False
     """Serve gRPC reflection."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"

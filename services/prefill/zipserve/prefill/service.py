@@ -1,6 +1,7 @@
 """Puts the prefill service together and gives it its life cycle."""
 
 import asyncio
+import time
 
 import grpc
 
@@ -89,6 +90,7 @@ class PrefillService:
             leases=self.source.leases,
             draining=self.worker.draining,
             idle_blocks=self.scheduler.pools.blocks.idle,
+            prefill_tokens_per_second=self.scheduler.tokens_per_s(time.monotonic()),
             **self.scheduler.pools.levels(),
         )
 

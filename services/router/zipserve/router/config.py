@@ -28,6 +28,8 @@ class RouterSettings(ServiceSettings):
     """Most requests in flight; more are refused with RESOURCE_EXHAUSTED."""
     queue_tokens_max: int = Field(1 << 19, ge=1)
     """Most tokens of all requests in flight, each counted as prompt plus max_tokens."""
+    prompt_tokens_max: int | None = Field(None, ge=1)
+    """Longest prompt, in tokens. Unset: what the model's context holds."""
     completion_tokens_max: int = Field(1 << 15, ge=1)
     """Largest max_tokens that a request may ask for."""
     completion_tokens_default: int = Field(1024, ge=1)
@@ -42,7 +44,11 @@ class RouterSettings(ServiceSettings):
     """Longest time to compile what a request says of its output (a JSON Schema, a regular expression, a grammar), in
     seconds; one that takes longer is refused."""
     deadline_default_s: float = Field(600.0, gt=0.0)
-    """Longest time for a request, in seconds: its deadline where the client sets none or a later one."""
+    """Time for a request whose client sets no deadline, in seconds; at most deadline_max_s."""
+    deadline_max_s: float = Field(3600.0, gt=0.0)
+    """Longest time for a request, in seconds: its deadline where the client sets a later one."""
+    slow_reader_s: float = Field(30.0, gt=0.0)
+    """Time after which a request is cancelled whose client reads nothing of what waits for it, in seconds."""
     local_prefill_tokens_max: int = Field(0, ge=-1)
     """A prompt of at most so many tokens is computed on the decode worker, and none of its KV is moved. 0: never. -1:
     always; then no prefill worker is needed."""

@@ -90,9 +90,7 @@ class RouterService:
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         """Adds InferenceService."""
         assert self._frontend is not None
-        servicer = InferenceServicer(
-            self._frontend, self._settings.deadline_default_s, self._settings.message_bytes_max
-        )
+        servicer = InferenceServicer(self._frontend, self._settings.message_bytes_max)
         add_InferenceServiceServicer_to_server(servicer, server)
         return [service.full_name for service in DESCRIPTOR.services_by_name.values()]
 

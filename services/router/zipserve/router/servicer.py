@@ -23,9 +23,8 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class InferenceServicer(InferenceServiceServicer):
     """The public face of zipserve."""
 
-    def __init__(self, frontend: Frontend, deadline_default_s: float, message_bytes_max: int) -> None:
+    def __init__(self, frontend: Frontend, message_bytes_max: int) -> None:
         self._frontend = frontend
-        self._deadline_default_s = deadline_default_s
         self._message_bytes_max = message_bytes_max
 
     async def Generate(
@@ -66,7 +65,7 @@ class InferenceServicer(InferenceServiceServicer):
         return self._frontend.generate(request, request_id, self._deadline(context))
 
     def _deadline(self, context: Context) -> Deadline:
-        return Deadline.of(context, self._deadline_default_s)
+        return self._frontend.deadline(context.time_remaining())
 
 
 class _Answer:

@@ -18,6 +18,8 @@ from zipserve.common.rpc import Context
 from zipserve.common.rpc.status import to_status
 
 _log = log.get()
+_ABORT_S = 5.0
+"""How long a client that does not read is given to see why its call has ended; then it is just ended."""
 _INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
 
 
@@ -117,7 +119,11 @@ def _gone_is_cancelled() -> Iterator[None]:
 
 
 async def _abort(context: Context, error: ZipserveError) -> None:
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    try:
+        async with asyncio.timeout(_ABORT_S):
+            await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except TimeoutError as late:  # a status comes after what was written before, and the client does not read
+        raise asyncio.CancelledError from late
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -82,13 +82,7 @@ async def serve(
     """
     server = grpc.aio.server(
         interceptors=[ServiceInterceptor(service.metrics)],
-        options=[
-            ("grpc.max_receive_message_length", settings.message_bytes_max),
-            ("grpc.max_send_message_length", settings.message_bytes_max),
-            ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ],
+        options=_options(settings),
     )
     try:
         port = server.add_insecure_port(settings.listen)
@@ -106,6 +100,25 @@ async def serve(
     finally:
         await server.stop(0)
         await service.close()
+
+
+def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", settings.message_bytes_max),
+        ("grpc.max_send_message_length", settings.message_bytes_max),
+        ("grpc.max_concurrent_streams", settings.connection_calls_max),
+        ("grpc.so_reuseport", 0),
+        # Peers that vanish without a word, so that nothing is computed for them.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Peers may ask the same of us, but a connection that asks more often is closed.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]
+    if settings.connection_age_max_s:
+        options.append(("grpc.max_connection_age_ms", round(settings.connection_age_max_s * 1000)))
+    return options
 
 
 async def _serve_started(
