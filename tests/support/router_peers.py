@@ -117,6 +117,9 @@ class Peer:
         add_DecodeServiceServicer_to_server(_Decode(self), server)
         return ["zipserve.v1.DecodeService"]
 
+    def door(self) -> None:
+        return None
+
     def capabilities(self) -> Capabilities:
         writes = self.role == WorkerRole.WORKER_ROLE_PREFILL
         return Capabilities(

@@ -21,6 +21,7 @@ from pydantic_settings import SettingsConfigDict
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.server import run
 from zipserve.common.settings import ServiceSettings
+from zipserve.router.access.keyring import KeyRing
 from zipserve.v1 import inference_service_pb2 as pb
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
@@ -57,6 +58,9 @@ class StandIn:
     def add_to(self, server):
         add_InferenceServiceServicer_to_server(Inference(), server)
         return ["zipserve.v1.InferenceService"]
+
+    def door(self):
+        return KeyRing(None) if service == "router" else None
 
     def capabilities(self):
         if service == "router":

@@ -43,7 +43,8 @@ class ServiceSettings(BaseSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     """Redis (or Valkey) that holds the registry."""
     secret: SecretStr
-    """Secret of the cluster, at least 16 bytes, the same for all its services: signs KV handles."""
+    """Secret of the cluster, at least 16 bytes, the same for all its services: signs KV handles, and
+    the calls among them."""
     listen: str = Field(default="127.0.0.1:0", pattern=r"^[^\s:]\S*:\d{1,5}$")
     """host:port of the gRPC server; port 0 takes a free one."""
     advertise_host: str = ""
@@ -98,9 +99,19 @@ class ServiceSettings(BaseSettings):
         return self
 
     @property
+    def secret_bytes(self) -> bytes:
+        """The secret as keys of HMACs."""
+        return self.secret.get_secret_value().encode()
+
+    @property
     def host(self) -> str:
         """Host of `listen`."""
         return self.listen.rpartition(":")[0]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in {"localhost", "[::1]"} or self.host.startswith("127.")
 
     def advertised(self, port: int) -> str:
         """host:port under which others reach this process."""

@@ -24,6 +24,9 @@ class RouterSettings(ServiceSettings):
     """Most prompts of one HTTP request; each is admitted as a request of its own."""
     http_connections_max: int = Field(1024, ge=1)
     """Most HTTP connections; more are answered with 503."""
+    keys_file: str = ""
+    """File of the API keys that callers must show, see the router's README; read again when it changes. Empty: anybody
+    may call."""
     requests_max: int = Field(256, ge=1)
     """Most requests in flight; more are refused with RESOURCE_EXHAUSTED."""
     queue_tokens_max: int = Field(1 << 19, ge=1)

@@ -15,6 +15,7 @@ from zipserve.common.errors import InternalError
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryWriter
 from zipserve.common.rpc import Context
+from zipserve.common.rpc.door import ClusterTokens, Door
 from zipserve.common.rpc.interceptor import ServiceInterceptor
 from zipserve.common.settings import ServiceSettings
 from zipserve.v1 import worker_service_pb2, worker_service_pb2_grpc
@@ -32,6 +33,9 @@ class Service(Protocol):
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         """Adds the servicers to a server and returns their full names."""
+
+    def door(self) -> Door | None:
+        """Who may call. None: the services of the cluster, which know its secret."""
 
     def capabilities(self) -> worker_service_pb2.Capabilities | None:
         """What the registry shall know, always the same object; None for a service that nobody looks up there."""
@@ -80,8 +84,9 @@ async def serve(
         OSError: the address to listen on is taken.
         InternalError: a background task of the service has ended; it can serve no more.
     """
+    door = service.door() or ClusterTokens(settings.secret_bytes)
     server = grpc.aio.server(
-        interceptors=[ServiceInterceptor(service.metrics)],
+        interceptors=[ServiceInterceptor(service.metrics, door)],
         options=_options(settings),
     )
     try:

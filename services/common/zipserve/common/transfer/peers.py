@@ -13,6 +13,7 @@ from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
+from zipserve.common.rpc.door import ClusterTokens
 from zipserve.common.settings import ServiceSettings
 from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.puller import KvPuller
@@ -57,10 +58,10 @@ class Peers:
         self._open_transport = open_transport
         self._reads_from = reads_from
         self._fetch_s = fetch_s
-        self._secret = settings.secret.get_secret_value().encode()
+        self._secret = settings.secret_bytes
         self._resources = AsyncExitStack()
         self._loops: list[asyncio.Task[None]] = []
-        self._channels = ChannelPool(settings.message_bytes_max)
+        self._channels = ChannelPool(settings.message_bytes_max, ClusterTokens(settings.secret_bytes))
         self.registry = RegistryView(settings)
         self.holders = Holders()
         self.source = KvSource(
