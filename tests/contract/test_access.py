@@ -1,5 +1,6 @@
 """Who may call what, over real gRPC: clients by their keys, services of a cluster by its secret, outsiders nothing."""
 
+import asyncio
 import json
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -66,7 +67,8 @@ async def test_a_caller_has_its_own_limit(guarded: Cluster) -> None:
 async def test_without_a_key_every_method_is_closed(guarded: Cluster, metadata: Any) -> None:
     for service in DESCRIPTOR.services_by_name.values():
         for method in service.methods:
-            make = guarded.channel.unary_stream if method.server_streaming else guarded.channel.unary_unary
+            channel: Any = guarded.channel
+            make = channel.unary_stream if method.server_streaming else channel.unary_unary
             call = make(f"/{service.full_name}/{method.name}")(b"", metadata=metadata)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await (anext(aiter(call)) if method.server_streaming else call)
@@ -78,7 +80,8 @@ async def test_without_a_key_every_method_is_closed(guarded: Cluster, metadata: 
 
 
 async def test_reflection_needs_a_key_and_health_none(guarded: Cluster) -> None:
-    reflect: Any = reflection_pb2_grpc.ServerReflectionStub(guarded.channel)  # type: ignore[no-untyped-call]
+    channel: Any = guarded.channel
+    reflect: Any = reflection_pb2_grpc.ServerReflectionStub(channel)
     asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await anext(aiter(reflect.ServerReflectionInfo(iter(asked))))
@@ -91,7 +94,7 @@ async def test_reflection_needs_a_key_and_health_none(guarded: Cluster) -> None:
 
 async def test_keys_are_exchanged_while_it_runs(guarded: Cluster, keys_file: Path) -> None:
     other = api_keys.draw()
-    keys_file.write_text(api_keys.line(other, "bob"))
+    await asyncio.to_thread(keys_file.write_text, api_keys.line(other, "bob"))
     await until(lambda: other_is_known(guarded, other), "the new key is known")
     await guarded.stub.ListModels(ListModelsRequest(), metadata=[("authorization", f"Bearer {other}")])
     with pytest.raises(grpc.aio.AioRpcError):
@@ -120,8 +123,9 @@ async def test_workers_let_in_their_own_cluster_only(stack: AsyncExitStack, mode
         channels = await stack.enter_async_context(ChannelPool(1 << 20, tokens))
         for service, methods in (("Prefill", ("Prefill", "ReleaseHandle")), ("Worker", ("GetCapabilities",))):
             for method in methods:
+                channel: Any = channels.get(worker.address)
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
-                    await channels.get(worker.address).unary_unary(f"/zipserve.v1.{service}Service/{method}")(b"")
+                    await channel.unary_unary(f"/zipserve.v1.{service}Service/{method}")(b"")
                 assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
     own = await stack.enter_async_context(ChannelPool(1 << 20, ClusterTokens(cluster.settings.secret_bytes)))
     answer = await WorkerServiceStub(own.get(worker.address)).GetCapabilities(GetCapabilitiesRequest())

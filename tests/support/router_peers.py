@@ -117,7 +117,7 @@ class Peer:
         add_DecodeServiceServicer_to_server(_Decode(self), server)
         return ["zipserve.v1.DecodeService"]
 
-    def door(self) -> None:
+    def entrance(self) -> None:
         return None
 
     def capabilities(self) -> Capabilities:

@@ -20,6 +20,7 @@ import secrets, sys
 from pydantic_settings import SettingsConfigDict
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.server import run
+from zipserve.common.rpc.door import Entrance
 from zipserve.common.settings import ServiceSettings
 from zipserve.router.access.keyring import KeyRing
 from zipserve.v1 import inference_service_pb2 as pb
@@ -59,8 +60,8 @@ class StandIn:
         add_InferenceServiceServicer_to_server(Inference(), server)
         return ["zipserve.v1.InferenceService"]
 
-    def door(self):
-        return KeyRing(None) if service == "router" else None
+    def entrance(self):
+        return Entrance(KeyRing(None), None) if service == "router" else None
 
     def capabilities(self):
         if service == "router":

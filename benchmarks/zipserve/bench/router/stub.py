@@ -99,7 +99,7 @@ class Stub:
         """Always idle."""
         return Load(free_blocks=1, total_blocks=1)
 
-    def door(self) -> None:
+    def entrance(self) -> None:
         return None
 
     def begin_drain(self) -> None:

@@ -94,7 +94,7 @@ class DecodeService:
         decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
         return ["zipserve.v1.DecodeService", *self.peers.add_to(server)]
 
-    def door(self) -> None:
+    def entrance(self) -> None:
         return None
 
     def capabilities(self) -> Capabilities:

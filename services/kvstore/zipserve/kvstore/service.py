@@ -71,7 +71,7 @@ class KvStoreService:
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         return self.peers.add_to(server)
 
-    def door(self) -> None:
+    def entrance(self) -> None:
         return None
 
     def capabilities(self) -> Capabilities:

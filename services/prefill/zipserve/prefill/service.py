@@ -79,7 +79,7 @@ class PrefillService:
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
         return ["zipserve.v1.PrefillService", *self.peers.add_to(server)]
 
-    def door(self) -> None:
+    def entrance(self) -> None:
         return None
 
     def capabilities(self) -> Capabilities:

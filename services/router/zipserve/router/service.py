@@ -16,7 +16,9 @@ from zipserve.common.metrics import Metrics
 from zipserve.common.models import resolve
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
-from zipserve.common.rpc.door import ClusterTokens
+from zipserve.common.rpc.door import Entrance
+from zipserve.common.rpc.tls import Certificates
+from zipserve.common.settings import is_loopback
 from zipserve.router.access.keyring import KeyRing
 from zipserve.router.config import RouterSettings
 from zipserve.router.facts import ModelFacts
@@ -43,6 +45,7 @@ class RouterService:
         self._settings = settings
         self._resources = AsyncExitStack()
         self._keys = KeyRing(Path(settings.keys_file) if settings.keys_file else None)
+        self._certificates = Certificates(settings.public_tls) if settings.public_tls else None
         self._loops: list[asyncio.Task[None]] = []
         self._frontend: Frontend | None = None
         self._workers: GrpcWorkers | None = None
@@ -50,8 +53,9 @@ class RouterService:
 
     async def start(self, address: str) -> None:
         """Reads the model's files and takes the first look at the registry."""
-        if self._keys.is_open and not self._settings.is_local:
-            _log.warning("access.open", listen=self._settings.listen, advice="anybody may call: set keys_file")
+        listens = [address for address in (self._settings.listen, self._settings.http_listen) if address]
+        if self._keys.is_open and not all(is_loopback(address) for address in listens):
+            _log.warning("access.open", listen=listens, advice="anybody may call: set keys_file")
         self._loops.append(asyncio.create_task(self._keys.watch(_KEYS_POLL_S), name="keys-watch"))
         model = await asyncio.to_thread(resolve, self._settings.model)
         self._capabilities = Capabilities(
@@ -70,9 +74,7 @@ class RouterService:
         vocabulary = await asyncio.to_thread(GuideTokenizer.load, model.folder, facts.vocab_tokens, eos)
         guides = GuideCheck(vocabulary, self._settings.guide_compile_s)
         self._resources.callback(guides.close)
-        channels = await self._resources.enter_async_context(
-            ChannelPool(self._settings.message_bytes_max, ClusterTokens(self._settings.secret_bytes))
-        )
+        channels = await self._resources.enter_async_context(ChannelPool.within(self._settings))
         view = await self._resources.enter_async_context(RegistryView(self._settings))
         holders = Holders()
         await self._resources.enter_async_context(DirectoryView(self._settings, view, holders))
@@ -91,6 +93,7 @@ class RouterService:
             settings.http_listen,
             connections_max=settings.http_connections_max,
             unread_s=settings.deadline_default_s,
+            tls=self._certificates.server_context() if self._certificates else None,
         )
 
     @property
@@ -105,9 +108,9 @@ class RouterService:
         add_InferenceServiceServicer_to_server(servicer, server)
         return [service.full_name for service in DESCRIPTOR.services_by_name.values()]
 
-    def door(self) -> KeyRing:
-        """Whoever has a key, if any are asked for."""
-        return self._keys
+    def entrance(self) -> Entrance:
+        """For whoever has a key, if any are asked for."""
+        return Entrance(self._keys, self._certificates)
 
     def capabilities(self) -> Capabilities:
         """Who it is, for those who watch the cluster; workers do not look routers up."""

@@ -9,9 +9,12 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from zipserve.common.errors import UnauthenticatedError
+from zipserve.common.rpc.tls import Certificates
+from zipserve.common.settings import ServiceSettings
 
 Metadata: TypeAlias = Iterable[tuple[str, str | bytes]]
 TOKEN_KEY = "x-zipserve-token"  # noqa: S105  the name of a header
@@ -28,6 +31,15 @@ class Door(Protocol):
         """Raises UnauthenticatedError for a call that may not come in."""
 
 
+@dataclass(frozen=True)
+class Entrance:
+    """How a server is reached."""
+
+    door: Door
+    certificates: Certificates | None
+    """What it shows, and what clients must show; None: there is no TLS."""
+
+
 class ClusterTokens:
     """Makes tokens for calls within a cluster and checks them; the `Door` of every service that is not public.
 
@@ -39,6 +51,11 @@ class ClusterTokens:
         self._secret = secret
         self._now = now
         self._fresh: dict[str, tuple[float, str]] = {}
+
+    @classmethod
+    def entrance(cls, settings: ServiceSettings) -> Entrance:
+        """Of a service that only others of its cluster may call."""
+        return Entrance(cls(settings.secret_bytes), Certificates(settings.tls) if settings.tls else None)
 
     def metadata(self, method: str) -> tuple[str, str]:
         """The entry for a call of a method, such as /zipserve.v1.PrefillService/Prefill."""

@@ -15,7 +15,7 @@ from zipserve.common.errors import InternalError
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryWriter
 from zipserve.common.rpc import Context
-from zipserve.common.rpc.door import ClusterTokens, Door
+from zipserve.common.rpc.door import ClusterTokens, Entrance
 from zipserve.common.rpc.interceptor import ServiceInterceptor
 from zipserve.common.settings import ServiceSettings
 from zipserve.v1 import worker_service_pb2, worker_service_pb2_grpc
@@ -34,8 +34,8 @@ class Service(Protocol):
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         """Adds the servicers to a server and returns their full names."""
 
-    def door(self) -> Door | None:
-        """Who may call. None: the services of the cluster, which know its secret."""
+    def entrance(self) -> Entrance | None:
+        """Who may call, and over which TLS. None: the services of the cluster, which know its secret."""
 
     def capabilities(self) -> worker_service_pb2.Capabilities | None:
         """What the registry shall know, always the same object; None for a service that nobody looks up there."""
@@ -84,13 +84,16 @@ async def serve(
         OSError: the address to listen on is taken.
         InternalError: a background task of the service has ended; it can serve no more.
     """
-    door = service.door() or ClusterTokens(settings.secret_bytes)
+    entrance = service.entrance() or ClusterTokens.entrance(settings)
     server = grpc.aio.server(
-        interceptors=[ServiceInterceptor(service.metrics, door)],
+        interceptors=[ServiceInterceptor(service.metrics, entrance.door)],
         options=_options(settings),
     )
     try:
-        port = server.add_insecure_port(settings.listen)
+        if entrance.certificates is None:
+            port = server.add_insecure_port(settings.listen)
+        else:
+            port = server.add_secure_port(settings.listen, entrance.certificates.server_credentials())
     except RuntimeError as error:
         raise OSError(f"cannot listen on {settings.listen}: {error}") from error
     address = settings.advertised(port)

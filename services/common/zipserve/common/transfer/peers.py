@@ -13,7 +13,6 @@ from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
-from zipserve.common.rpc.door import ClusterTokens
 from zipserve.common.settings import ServiceSettings
 from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.puller import KvPuller
@@ -61,7 +60,7 @@ class Peers:
         self._secret = settings.secret_bytes
         self._resources = AsyncExitStack()
         self._loops: list[asyncio.Task[None]] = []
-        self._channels = ChannelPool(settings.message_bytes_max, ClusterTokens(settings.secret_bytes))
+        self._channels = ChannelPool.within(settings)
         self.registry = RegistryView(settings)
         self.holders = Holders()
         self.source = KvSource(
