@@ -12,6 +12,7 @@ from workers import MESSAGE_BYTES_MAX, health
 from zipserve.common import errors
 from zipserve.common.registry import RegistryView
 from zipserve.common.rpc.channel import ChannelPool
+from zipserve.common.rpc.door import ClusterTokens
 from zipserve.common.rpc.status import client_errors
 from zipserve.kvstore.config import KvStoreSettings
 from zipserve.kvstore.service import KvStoreService
@@ -42,7 +43,8 @@ async def store(redis_url: str, cluster: str) -> AsyncIterator[Store]:
         {"redis_url": redis_url, "cluster": cluster, "secret": SECRET, "worker_id": "kvstore-0", "heartbeat_s": 0.05}
     )
     service = KvStoreService(settings)
-    async with ChannelPool(MESSAGE_BYTES_MAX) as channels, running(service, settings) as address:
+    tokens = ClusterTokens(settings.secret_bytes)
+    async with ChannelPool(MESSAGE_BYTES_MAX, tokens) as channels, running(service, settings) as address:
         yield Store(settings, service, address, channels)
 
 

@@ -71,7 +71,7 @@ async def test_salts_reach_the_worker_and_part_the_prompts(peers: tuple[Cluster,
     for salt in ("a", "b", "a", "b"):
         await ask(cluster, [3] * (2 * BLOCK), cache_salt=salt)
     salts = [[request.cache_salt for request in peer.requests] for peer in prefills]
-    assert salts == [["a", "a"], ["b", "b"]]
+    assert salts == [["0:a", "0:a"], ["0:b", "0:b"]]
 
 
 async def test_a_salt_that_is_too_long(peers: tuple[Cluster, list[Peer]]) -> None:

@@ -97,6 +97,8 @@ class Peer:
     cached_tokens: int = 0
     """That it says to have found of every prompt."""
     context_tokens: int = CONTEXT_TOKENS
+    queued_tokens: int = 0
+    prefill_tokens_per_s: float = 0.0
     position: int = 0
     """Of the last token decoded, in any call."""
     address: str = ""
@@ -114,6 +116,9 @@ class Peer:
             return ["zipserve.v1.PrefillService"]
         add_DecodeServiceServicer_to_server(_Decode(self), server)
         return ["zipserve.v1.DecodeService"]
+
+    def entrance(self) -> None:
+        return None
 
     def capabilities(self) -> Capabilities:
         writes = self.role == WorkerRole.WORKER_ROLE_PREFILL
@@ -134,7 +139,13 @@ class Peer:
         )
 
     def load(self) -> Load:
-        return Load(draining=self.draining, free_blocks=10, total_blocks=10)
+        return Load(
+            draining=self.draining,
+            free_blocks=10,
+            total_blocks=10,
+            queued_tokens=self.queued_tokens,
+            prefill_tokens_per_second=self.prefill_tokens_per_s,
+        )
 
     def begin_drain(self) -> None:
         self.draining = True

@@ -18,6 +18,7 @@ from zipserve.common import errors
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import ChannelPool
+from zipserve.common.rpc.door import ClusterTokens
 from zipserve.common.rpc.status import client_errors
 from zipserve.common.transport import TransportFactory
 from zipserve.common.transport.nixl import NixlTransport
@@ -302,7 +303,7 @@ class Workers:
             "registry_ttl_s": 5.0,
             "drain_s": 5.0,
         }
-        self.channels = ChannelPool(MESSAGE_BYTES_MAX)
+        self.channels = ChannelPool(MESSAGE_BYTES_MAX, ClusterTokens(SECRET.encode()))
 
     async def prefill(
         self, open_transport: TransportFactory = NixlTransport, *, check: bool = True, **settings: Any

@@ -20,7 +20,9 @@ import secrets, sys
 from pydantic_settings import SettingsConfigDict
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.server import run
+from zipserve.common.rpc.door import Entrance
 from zipserve.common.settings import ServiceSettings
+from zipserve.router.access.keyring import KeyRing
 from zipserve.v1 import inference_service_pb2 as pb
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer, add_InferenceServiceServicer_to_server
 from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
@@ -57,6 +59,9 @@ class StandIn:
     def add_to(self, server):
         add_InferenceServiceServicer_to_server(Inference(), server)
         return ["zipserve.v1.InferenceService"]
+
+    def entrance(self):
+        return Entrance(KeyRing(None), None) if service == "router" else None
 
     def capabilities(self):
         if service == "router":

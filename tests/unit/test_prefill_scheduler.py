@@ -312,11 +312,40 @@ def test_work_that_would_certainly_come_too_late_is_refused() -> None:
     submit(scheduler, Job(256, 0.001, 0), 0.0)
     assert run_step(scheduler, seconds=0.5) == {0: 256}, "nothing is known yet: it is tried"
     # 512 tokens/s were measured; twice that would still be too slow
-    with pytest.raises(DeadlineError, match=r"2048 tokens takes 2.00 s at least, its deadline is in 1.90 s"):
+    with pytest.raises(
+        DeadlineError, match=r"2048 tokens behind 0 others takes 2.00 s at least, its deadline is in 1.90 s"
+    ):
         submit(scheduler, Job(2048, 2.5, 1), 0.6)
     submit(scheduler, Job(2048, 2.7, 2), 0.6)
     assert scheduler.next_step(0.6).late == []
     submit(scheduler, Job(2048, 33.0, 3), 31.0)  # what was measured so long ago says nothing
+
+
+def test_what_is_computed_before_it_makes_a_prompt_late() -> None:
+    scheduler = a_scheduler()
+    submit(scheduler, Job(256, 1e9, 0), 0.0)
+    assert run_step(scheduler, seconds=0.5) == {0: 256}  # 512 tokens/s
+    submit(scheduler, Job(1024, 1e9, 1), 1.0)
+    with pytest.raises(DeadlineError, match=r"1024 tokens behind 1024 others takes 2.00 s at least.* in 1.50 s"):
+        submit(scheduler, Job(1024, 2.5, 2), 1.0)
+    submit(scheduler, Job(1000, 2.5, 3), 1.0)  # shorter ones overtake
+    submit(scheduler, Job(1024, 2.5, 4, 1), 1.0)  # as does a higher priority
+    with pytest.raises(DeadlineError, match="behind 1024 others"):
+        submit(scheduler, Job(100, 2.0, 5), 1.0)  # but not this one
+    assert scheduler.queued_requests == 3
+
+
+def test_who_waits_is_dropped_when_it_can_no_longer_be_in_time() -> None:
+    scheduler = a_scheduler()
+    submit(scheduler, Job(256, 1e9, 0), 0.0)
+    assert run_step(scheduler, seconds=0.5) == {0: 256}
+    first, second, third = Job(1024, 1e9, 1), Job(1024, 4.0, 2), Job(1024, 5.5, 3)
+    for job in (first, second, third):
+        submit(scheduler, job, 1.0)
+    assert scheduler.next_step(1.0).late == []
+    step = scheduler.next_step(2.5)
+    assert step.late == [second], "2048 tokens in 1.5 s; without it the third has 2048 tokens in 3 s"
+    assert {chunk.job for chunk in step.chunks} == {first}
 
 
 def test_what_can_no_longer_be_in_time_is_dropped() -> None:

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.router.admission import Admission, Ticket
+from zipserve.router.caller import ANYBODY, Caller
 
 
 @given(st.integers(1, 4), st.integers(1, 20), st.data())
@@ -70,3 +71,43 @@ def test_retry_is_a_guess_without_history() -> None:
     with pytest.raises(OverloadedError) as caught:
         admission.enter(5.0)
     assert caught.value.retry_after_s == 1.0
+
+
+def test_a_caller_has_a_limit_of_its_own() -> None:
+    admission = Admission(requests_max=10, tokens_max=100)
+    caller = Caller("team-a", requests_max=2)
+    first = admission.enter(0.0, caller)
+    admission.enter(0.0, caller)
+    with pytest.raises(OverloadedError, match="2 requests of key 'team-a' are in flight, 2 is its limit"):
+        admission.enter(0.0, caller)
+    admission.enter(0.0, Caller("team-b", requests_max=1))
+    admission.enter(0.0)
+    admission.leave(first, 0.0)
+    admission.enter(0.0, caller)
+    assert admission.requests == 4
+
+
+def test_when_a_caller_may_come_back_follows_its_own_requests() -> None:
+    admission = Admission(requests_max=100, tokens_max=100)
+    caller = Caller("team-a", requests_max=1)
+    for at_s in (0.0, 1.0, 8.0):
+        for who in (caller, *[ANYBODY] * 10):
+            ticket = admission.enter(at_s, who)
+            admission.reserve(ticket, 1, at_s)
+            admission.leave(ticket, at_s)
+    admission.enter(9.0, caller)
+    with pytest.raises(OverloadedError) as caught:
+        admission.enter(9.0, caller)
+    assert caught.value.retry_after_s == pytest.approx(9.0 / 3)
+
+
+@given(*[st.text("0:a", max_size=4)] * 4)
+def test_salts_of_different_callers_never_meet(one: str, of_one: str, other: str, of_other: str) -> None:
+    same = Caller(cache_salt=one).salt(of_one) == Caller(cache_salt=other).salt(of_other)
+    assert same == ((one, of_one) == (other, of_other))
+
+
+def test_a_priority_is_capped() -> None:
+    assert [Caller(priority_max=3).priority(asked) for asked in (-1, 3, 4)] == [-1, 3, 3]
+    assert ANYBODY.priority(1 << 30) == 1 << 30
+    assert ANYBODY.salt("") == ""

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from zipserve.router.policy import (
     WorkerKey,
     choose,
     choose_alone,
+    first_token_s_at_least,
     missing,
     prefill_scores,
 )
@@ -200,3 +202,25 @@ def test_a_decode_worker_alone() -> None:
     assert failed.decode.worker_id == "d2"
     assert choose_alone(decodes[2:], NEED, InFlight()) is None
     assert missing(None, decodes[2:], NEED) == "no decode worker takes 100 tokens, the longest context is 50"
+
+
+def test_the_first_token_takes_what_is_ahead_at_half_the_measured_time() -> None:
+    in_flight, fast, slow = InFlight(), worker("fast", prefill_tokens_per_s=100.0), worker("slow")
+    slow = replace(slow, prefill_tokens_per_s=10.0, queued_tokens=10_000)
+
+    def seconds(*workers: Worker, priority: int = 0, tokens: int = 50) -> float:
+        return first_token_s_at_least(workers, NEED, in_flight, priority, {w.key: tokens for w in workers})
+
+    assert seconds(fast) == 0.25
+    assert seconds(slow, fast) == 0.25, "the fastest counts"
+    assert seconds(slow) == 2.5, "what others have sent there may be of any priority"
+    with in_flight.prefilling(slow, 50, priority=0), in_flight.prefilling(slow, 500, priority=0):
+        assert seconds(slow) == 5.0, "a longer one may be overtaken"
+        assert seconds(slow, tokens=500) == (50 + 500 + 500) / 20
+        assert seconds(slow, priority=1) == 2.5
+        assert seconds(slow, priority=-1) == 30.0
+        assert seconds(replace(slow, queued_tokens=20)) == 3.5, "what it has begun is nearly done"
+    assert seconds(slow) == 2.5
+    assert in_flight == InFlight()
+    assert seconds(slow, worker("silent")) == 0.0
+    assert seconds(worker("other", model="other", prefill_tokens_per_s=1.0)) == 0.0

@@ -99,6 +99,9 @@ class Stub:
         """Always idle."""
         return Load(free_blocks=1, total_blocks=1)
 
+    def entrance(self) -> None:
+        return None
+
     def begin_drain(self) -> None:
         """Nothing to end."""
 

@@ -32,6 +32,7 @@ def build() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="run a benchmark; without a name, list them")
     bench.add_argument("name", nargs="?", metavar="NAME", help="which one")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its own options; try NAME --help")
+    _add_keys(commands.add_parser("keys", help="make API keys for the router"))
     commands.add_parser("version", help="show the versions of zipserve and of what it runs on")
     return parser
 
@@ -90,6 +91,18 @@ def _add_top(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--once", action="store_true", help="look twice, tell, and stop")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of a screen")
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = actions.add_parser("new", help="draw a key; it is shown once, and its line for the keys file")
+    new.add_argument("--name", required=True, help="whose key it is, in logs and metrics")
+    new.add_argument(
+        "--cache-salt", metavar="SALT", help="share KV only with keys of the same salt (default: its name)"
+    )
+    new.add_argument("--priority-max", type=int, metavar="P", help="highest priority of its requests (default: any)")
+    new.add_argument("--requests-max", type=_count, metavar="N", help="most requests in flight (default: no limit)")
+    new.add_argument("--expires-at", metavar="TIME", help="as in 2030-01-31T12:00:00Z (default: never)")
 
 
 def _add_generation(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -102,8 +101,11 @@ class Readiness:
         """Returns once the router knows of workers that can serve."""
         stub = InferenceServiceStub(self._channels.get(self._router))
         while True:
-            with suppress(grpc.aio.AioRpcError):
+            try:
                 if (await stub.ListModels(ListModelsRequest(), timeout=_PROBE_TIMEOUT_S)).models:
+                    return
+            except grpc.aio.AioRpcError as error:
+                if error.code() == grpc.StatusCode.UNAUTHENTICATED:  # it asks for keys: then it is up
                     return
             await asyncio.sleep(_POLL_S)
 

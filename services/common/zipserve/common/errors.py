@@ -5,6 +5,7 @@
     ├── UnauthenticatedError         UNAUTHENTICATED      the key is missing or unknown
     ├── ModelNotFoundError           NOT_FOUND
     ├── OverloadedError              RESOURCE_EXHAUSTED   come back after retry_after_s
+    ├── SlowReaderError              RESOURCE_EXHAUSTED   the client does not read what is made for it
     ├── DeadlineError                DEADLINE_EXCEEDED
     ├── UnavailableError             UNAVAILABLE
     │   ├── NoWorkerError                                 nobody can serve this now
@@ -83,8 +84,15 @@ class OverloadedError(ZipserveError):
         super().__init__(message, retry_after_s=f"{self.retry_after_s:.3f}", **metadata)
 
 
+class SlowReaderError(ZipserveError):
+    """The client did not read what was made for it; all that the request held is free again."""
+
+    reason = "SLOW_READER"
+    code = "RESOURCE_EXHAUSTED"
+
+
 class DeadlineError(ZipserveError):
-    """The deadline passed, in a queue or on the way."""
+    """The deadline passed, in a queue or on the way, or it certainly would."""
 
     reason = "DEADLINE_EXCEEDED"
     code = "DEADLINE_EXCEEDED"

@@ -12,6 +12,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from zipserve.common.rpc.tls import TlsFiles
+
 SECRET_BYTES_MIN = 16
 
 
@@ -21,6 +23,12 @@ def _standard_endpoint() -> str:
         return ""
     both = (os.environ.get(f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT", "") for kind in ("TRACES_", ""))
     return next(filter(None, both), "")
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach who listens on host:port."""
+    host = address.rpartition(":")[0]
+    return host in {"localhost", "[::1]"} or host.startswith("127.")
 
 
 class ServiceSettings(BaseSettings):
@@ -43,7 +51,18 @@ class ServiceSettings(BaseSettings):
     redis_url: str = "redis://127.0.0.1:6379/0"
     """Redis (or Valkey) that holds the registry."""
     secret: SecretStr
-    """Secret of the cluster, at least 16 bytes, the same for all its services: signs KV handles."""
+    """Secret of the cluster, at least 16 bytes, the same for all its services: signs KV handles, and
+    the calls among them."""
+    tls_cert: str = ""
+    """PEM file of the certificate that this service shows to others of the cluster, as a server and as a client: mutual
+    TLS, on as soon as it is set, and then for all services. The file may be exchanged at any time, as those below."""
+    tls_key: str = ""
+    """PEM file of its key."""
+    tls_ca: str = ""
+    """PEM file of the authorities that certificates of the cluster's services are checked against."""
+    tls_name: str = ""
+    """Name that the certificates of all services have, where they do not have those of their hosts. Empty: a service's
+    certificate must have the name or IP address under which it is called."""
     listen: str = Field(default="127.0.0.1:0", pattern=r"^[^\s:]\S*:\d{1,5}$")
     """host:port of the gRPC server; port 0 takes a free one."""
     advertise_host: str = ""
@@ -61,6 +80,11 @@ class ServiceSettings(BaseSettings):
     """Time after which a silent worker leaves the registry, in seconds; at least three heartbeats."""
     message_bytes_max: int = Field(default=4 << 20, ge=1 << 16)
     """Largest gRPC message accepted, in bytes."""
+    connection_calls_max: int = Field(default=1024, ge=1)
+    """Most calls at once over one connection; more wait at the client."""
+    connection_age_max_s: float = Field(default=0.0, ge=0.0)
+    """Age at which a client is asked for a new connection, so that it finds other replicas, in seconds; calls end on
+    the old one. 0: never."""
     reflection: bool = False
     """Serve gRPC reflection."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -91,6 +115,23 @@ class ServiceSettings(BaseSettings):
                 f"registry_ttl_s is {self.registry_ttl_s:g}, must be at least 3 x heartbeat_s ({self.heartbeat_s:g})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _tls_is_whole(self) -> Self:
+        given = [bool(self.tls_cert), bool(self.tls_key), bool(self.tls_ca)]
+        if any(given) != all(given):
+            raise ValueError("tls_cert, tls_key and tls_ca belong together: set all of them, or none")
+        return self
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """Files of the TLS among the services; None: there is none."""
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_ca) if self.tls_cert else None
+
+    @property
+    def secret_bytes(self) -> bytes:
+        """The secret as keys of HMACs."""
+        return self.secret.get_secret_value().encode()
 
     @property
     def host(self) -> str:

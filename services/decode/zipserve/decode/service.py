@@ -94,6 +94,9 @@ class DecodeService:
         decode_service_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server)
         return ["zipserve.v1.DecodeService", *self.peers.add_to(server)]
 
+    def entrance(self) -> None:
+        return None
+
     def capabilities(self) -> Capabilities:
         return self._capabilities
 

@@ -21,6 +21,9 @@ from zipserve.engine.device import Device
 from zipserve.engine.sampling import Drawn, Sampler
 from zipserve.v1 import decode_service_pb2, decode_service_pb2_grpc
 
+_EVENT_ITEMS_MAX = 512
+"""So that a router whose client has paused for long gets its tokens in messages of bounded size."""
+
 
 class DecodeServicer(decode_service_pb2_grpc.DecodeServiceServicer):
     """What the router calls."""
@@ -154,7 +157,7 @@ async def _events(streams: list[Stream], deadline: Deadline) -> AsyncGenerator[d
     while running:
         async with asyncio.timeout(deadline.remaining_s()):
             items = [await output.get()]
-        while not output.empty():
+        while not output.empty() and len(items) < _EVENT_ITEMS_MAX:
             items.append(output.get_nowait())
         drawn: dict[int, list[Drawn]] = {}
         for index, item in items:

@@ -71,6 +71,9 @@ class KvStoreService:
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         return self.peers.add_to(server)
 
+    def entrance(self) -> None:
+        return None
+
     def capabilities(self) -> Capabilities:
         return self._capabilities
 

@@ -114,6 +114,10 @@ class PrefillScheduler(Generic[T]):
         """Jobs that have been started."""
         return len(self._started)
 
+    def tokens_per_s(self, now_s: float) -> float:
+        """How fast prompts are computed; 0 while that is not known."""
+        return self._throughput.tokens_per_s(now_s)
+
     def enter(self, job: Job[T]) -> None:
         """Gives a job a place in the queue; it is not started before `submit`.
 
@@ -141,13 +145,15 @@ class PrefillScheduler(Generic[T]):
         """Lets a job start that has a place in the queue.
 
         Raises:
-            DeadlineError: it would certainly come too late; it has left the queue.
+            DeadlineError: it would certainly come too late, with what is to be computed before it; it has left the
+                queue.
         """
-        if self._is_late(job, now_s):
+        if self._is_late(job, now_s, sum(other.left for other in self._ready() if other is not job)):
             self.remove(job)
-            takes_s = self._throughput.seconds_at_least(self._to_compute(job), now_s)
+            ahead = self._ahead_of(job)
+            takes_s = self._throughput.seconds_at_least(ahead + self._to_compute(job), now_s)
             raise DeadlineError(
-                f"a prompt of {job.tokens} tokens takes {takes_s:.2f} s at least, "
+                f"a prompt of {job.tokens} tokens behind {ahead} others takes {takes_s:.2f} s at least, "
                 f"its deadline is in {max(0.0, job.deadline_s - now_s):.2f} s"
             )
         job.may_start = True
@@ -176,10 +182,8 @@ class PrefillScheduler(Generic[T]):
 
     def next_step(self, now_s: float) -> Step[T]:
         """Plans the next step; it has no chunks when there is nothing to compute, or no slabs to compute it in."""
-        jobs = sorted((*self._started, *(job for job in self._waiting if job.may_start)), key=rank)
-        late = [job for job in jobs if self._is_late(job, now_s)]
-        for job in late:
-            self.remove(job)
+        jobs = sorted(self._ready(), key=rank)
+        late = self._remove_late(jobs, now_s)
         jobs = [job for job in jobs if job not in late]
         may_start = not jobs or self._try_start(jobs[0])
         shares = share(jobs, self._step_tokens, lambda job: job.slot >= 0 or (may_start and self._try_start(job)))
@@ -193,11 +197,36 @@ class PrefillScheduler(Generic[T]):
             if not chunk.job.left:
                 self._stop(chunk.job)
 
-    def _is_late(self, job: Job[T], now_s: float) -> bool:
+    def _ready(self) -> list[Job[T]]:
+        """Jobs that have been started or may be."""
+        return [*self._started, *(job for job in self._waiting if job.may_start)]
+
+    def _remove_late(self, jobs: Sequence[Job[T]], now_s: float) -> list[Job[T]]:
+        """Takes those out, of jobs in order of rank, that can not be computed in time any more."""
+        late, ahead_at_most = [], 0
+        for job in jobs:
+            if self._is_late(job, now_s, ahead_at_most):
+                self.remove(job)
+                late.append(job)
+            else:
+                ahead_at_most += job.left
+        return late
+
+    def _is_late(self, job: Job[T], now_s: float, ahead_at_most: int) -> bool:
         def comes_late(tokens: int) -> bool:
             return now_s + self._throughput.seconds_at_least(tokens, now_s) >= job.deadline_s
 
-        return comes_late(job.left) and comes_late(self._to_compute(job))
+        # The exact number costs look-ups, and is asked for only where it may matter.
+        return comes_late(ahead_at_most + job.left) and comes_late(self._ahead_of(job) + self._to_compute(job))
+
+    def _ahead_of(self, job: Job[T]) -> int:
+        """Tokens that are certainly computed before those of a job: of a higher priority, or of prompts that came
+        before it and are not longer, see `share`."""
+        return sum(
+            self._to_compute(other)
+            for other in self._ready()
+            if other.priority > job.priority or (rank(other) < rank(job) and other.left <= job.left)
+        )
 
     def _to_compute(self, job: Job[T]) -> int:
         """Tokens of a job that are to be computed for it alone."""

@@ -1,6 +1,7 @@
 """Puts the prefill service together and gives it its life cycle."""
 
 import asyncio
+import time
 
 import grpc
 
@@ -78,6 +79,9 @@ class PrefillService:
         prefill_service_pb2_grpc.add_PrefillServiceServicer_to_server(servicer, server)
         return ["zipserve.v1.PrefillService", *self.peers.add_to(server)]
 
+    def entrance(self) -> None:
+        return None
+
     def capabilities(self) -> Capabilities:
         return self._capabilities
 
@@ -89,6 +93,7 @@ class PrefillService:
             leases=self.source.leases,
             draining=self.worker.draining,
             idle_blocks=self.scheduler.pools.blocks.idle,
+            prefill_tokens_per_second=self.scheduler.tokens_per_s(time.monotonic()),
             **self.scheduler.pools.levels(),
         )
 

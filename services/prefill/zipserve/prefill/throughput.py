@@ -31,6 +31,10 @@ class Throughput:
             rate = known + _WEIGHT * (min(max(rate, known / _OUTLIER), known * _OUTLIER) - known)
         self._tokens_per_s, self._measured_at_s = rate, now_s
 
+    def tokens_per_s(self, now_s: float) -> float:
+        """The estimate; 0 while nothing is known."""
+        return self._tokens_per_s if self._knows(now_s) else 0.0
+
     def seconds_at_least(self, tokens: int, now_s: float) -> float:
         """Time that computing `tokens` tokens will certainly take; 0 while nothing is known."""
         return tokens / (_CERTAINTY * self._tokens_per_s) if self._knows(now_s) else 0.0

@@ -1,9 +1,12 @@
-"""Admission: how many requests and tokens may be in flight, and when to come back if there are too many."""
+"""Admission: how many requests and tokens may be in flight, of all and of one caller, and when to come back."""
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from zipserve.common.errors import InvalidRequestError, OverloadedError
+from zipserve.router.caller import ANYBODY, Caller
 
 _RETRY_MIN_S = 0.1
 _RETRY_MAX_S = 60.0
@@ -16,7 +19,14 @@ _HISTORY = 64
 class Ticket:
     """The place of one request; give it back with `Admission.leave`."""
 
+    caller: str = ""
     tokens: int = 0
+
+
+class _Departure(NamedTuple):
+    at_s: float
+    tokens: int
+    caller: str
 
 
 class Admission:
@@ -29,21 +39,31 @@ class Admission:
         """Requests in flight."""
         self.tokens = 0
         """Tokens reserved by them."""
-        self._left: deque[tuple[float, int]] = deque(maxlen=_HISTORY)
+        self._of_caller: Counter[str] = Counter()
+        """Requests of each caller in flight, by its name."""
+        self._left: deque[_Departure] = deque(maxlen=_HISTORY)
 
-    def enter(self, now_s: float) -> Ticket:
+    def enter(self, now_s: float, caller: Caller = ANYBODY) -> Ticket:
         """Takes a place for a request whose tokens are not known yet.
 
         Raises:
-            OverloadedError: all places are taken.
+            OverloadedError: all places are taken, or all that the caller may have.
         """
+        own = self._of_caller[caller.name]
+        if caller.requests_max is not None and own >= caller.requests_max:
+            departures = [departure for departure in self._left if departure.caller == caller.name]
+            raise OverloadedError(
+                f"{own} requests of key {caller.name!r} are in flight, {caller.requests_max} is its limit",
+                retry_after_s=_retry_after_s(1, departures, [1] * len(departures), now_s),
+            )
         if self.requests >= self._requests_max:
             raise OverloadedError(
                 f"{self.requests} requests are in flight, {self._requests_max} is the limit",
-                retry_after_s=self._retry_after_s(1, [1] * len(self._left), now_s),
+                retry_after_s=_retry_after_s(1, self._left, [1] * len(self._left), now_s),
             )
         self.requests += 1
-        return Ticket()
+        self._of_caller[caller.name] += 1
+        return Ticket(caller.name)
 
     def reserve(self, ticket: Ticket, tokens: int, now_s: float) -> None:
         """Adds the tokens of a request to its place.
@@ -61,7 +81,7 @@ class Admission:
             missing = self.tokens + tokens - self._tokens_max
             raise OverloadedError(
                 f"the request needs {tokens} tokens, {self.tokens} of {self._tokens_max} are in flight",
-                retry_after_s=self._retry_after_s(missing, [tokens for _, tokens in self._left], now_s),
+                retry_after_s=_retry_after_s(missing, self._left, [left.tokens for left in self._left], now_s),
             )
         self.tokens += tokens
         ticket.tokens += tokens
@@ -70,12 +90,16 @@ class Admission:
         """Gives a place and its tokens back."""
         self.requests -= 1
         self.tokens -= ticket.tokens
+        self._of_caller[ticket.caller] -= 1
+        if not self._of_caller[ticket.caller]:
+            del self._of_caller[ticket.caller]
         if ticket.tokens:
-            self._left.append((now_s, ticket.tokens))
+            self._left.append(_Departure(now_s, ticket.tokens, ticket.caller))
 
-    def _retry_after_s(self, missing: int, amounts: list[int], now_s: float) -> float:
-        """How long departures as fast as the last ones take to free what is missing."""
-        if not self._left or now_s <= self._left[0][0]:
-            return _RETRY_UNKNOWN_S
-        rate = sum(amounts) / (now_s - self._left[0][0])
-        return min(max(missing / rate, _RETRY_MIN_S), _RETRY_MAX_S)
+
+def _retry_after_s(missing: int, departures: Sequence[_Departure], amounts: Sequence[int], now_s: float) -> float:
+    """How long departures as fast as the last ones, each of such an amount, take to free what is missing."""
+    if not departures or now_s <= departures[0].at_s:
+        return _RETRY_UNKNOWN_S
+    rate = sum(amounts) / (now_s - departures[0].at_s)
+    return min(max(missing / rate, _RETRY_MIN_S), _RETRY_MAX_S)

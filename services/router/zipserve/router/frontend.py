@@ -11,7 +11,14 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 
 from zipserve.common import tracing
-from zipserve.common.errors import DeadlineError, DrainingError, InvalidRequestError, ModelNotFoundError, ZipserveError
+from zipserve.common.errors import (
+    DeadlineError,
+    DrainingError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    SlowReaderError,
+    ZipserveError,
+)
 from zipserve.common.guide import Guide
 from zipserve.common.kv.holders import Holders
 from zipserve.common.metrics import Metrics
@@ -101,6 +108,7 @@ class Frontend:
         self._in_flight = InFlight()
         self._prefixes = Prefixes(settings.prefix_names_max, holders, settings.fetch_cost)
         self._rules = Rules(settings.worker_wait_s, settings.attempts_max, settings.local_prefill_tokens_max)
+        self._deadline_max_s = settings.deadline_max_s
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -125,6 +133,10 @@ class Frontend:
                 eos = longest.eos_token_ids or eos
         return replace(own, context_tokens=context_tokens, eos_token_ids=eos)
 
+    def deadline(self, asked_s: float | None) -> Deadline:
+        """The deadline of a request whose client gives it so many seconds; None: it says nothing."""
+        return Deadline(min(self._settings.deadline_default_s if asked_s is None else asked_s, self._deadline_max_s))
+
     def served(self, model: str = "") -> Model:
         """A model as clients are told of it; empty: the only one.
 
@@ -143,18 +155,20 @@ class Frontend:
             tools=self._tokenizer.tools,
         )
 
-    async def tokenize(self, request: TokenizeRequest, deadline: Deadline) -> list[int]:
+    async def tokenize(self, request: TokenizeRequest, deadline: Deadline, caller: Caller = ANYBODY) -> list[int]:
         """Token ids of a prompt, as `generate` would compute it.
 
         Raises:
             ZipserveError: it cannot be tokenized.
         """
         self._check_model(request.model)
-        with self._place():
+        with self._place(caller):
             async with asyncio.timeout(deadline.remaining_s()):
                 return await self._encode(request)
 
-    async def detokenize(self, model: str, token_ids: Sequence[int], deadline: Deadline) -> str:
+    async def detokenize(
+        self, model: str, token_ids: Sequence[int], deadline: Deadline, caller: Caller = ANYBODY
+    ) -> str:
         """Text of token ids, without special tokens.
 
         Raises:
@@ -162,7 +176,7 @@ class Frontend:
             ZipserveError: they cannot be read.
         """
         self._check_model(model)
-        with self._place():
+        with self._place(caller):
             check_ids(token_ids, self.facts(), "token_ids")
             async with asyncio.timeout(deadline.remaining_s()):
                 return await self._tokenizer.decode_all(token_ids)
@@ -170,26 +184,29 @@ class Frontend:
     async def generate(
         self, request: GenerateRequest, request_id: str, deadline: Deadline, caller: Caller = ANYBODY, api: str = "grpc"
     ) -> AsyncGenerator[Event, None]:
-        """Answers a request. Closing the generator cancels everything behind it.
+        """Answers a request. Closing the generator cancels everything behind it. Who does not ask for the next event in
+        time is cancelled where it waits, and gets the error when it closes the generator, which it therefore must do.
 
         Args:
             api: through which it came, for the log: grpc or http.
 
         Raises:
+            SlowReaderError: an event was not taken for `slow_reader_s`.
             ZipserveError: it cannot be answered.
         """
         guide = request.guide.WhichOneof("kind") or ""
         trace = Observation(request_id, self.model.name, self._now(), caller, api, guide)
-        limit = asyncio.timeout(deadline.remaining_s())
         try:
-            try:
-                async with limit, aclosing(self._generate(request, request_id, deadline, trace)) as events:
-                    async for event in events:
-                        yield event
-            finally:
-                # Here, and not in an except: the deadline of a reader that does not read shows as GeneratorExit.
-                if limit.expired():
-                    raise DeadlineError("the deadline has passed")
+            async with aclosing(self._generate(request, request_id, deadline, trace)) as events:
+                while (event := await _next(events, deadline)) is not None:
+                    reading = asyncio.timeout(deadline.remaining_s(self._settings.slow_reader_s))
+                    try:
+                        async with reading:
+                            yield event
+                    finally:
+                        # Here, and not in an except: that the reader's time is over shows as GeneratorExit.
+                        if reading.expired():
+                            self._raise_slow(deadline)
         except ZipserveError as error:
             trace.error = error
             raise
@@ -199,8 +216,8 @@ class Frontend:
     async def _generate(
         self, request: GenerateRequest, request_id: str, deadline: Deadline, trace: Observation
     ) -> AsyncGenerator[Event, None]:
-        with self._place() as ticket, self._metrics.running_requests.track_inprogress():
-            job = await self._check(request, request_id, ticket)
+        with self._place(trace.caller) as ticket, self._metrics.running_requests.track_inprogress():
+            job = await self._check(request, request_id, ticket, trace.caller)
             trace.admit(job, self._now(), self._metrics)
             yield Started(job, self.model.name)
             async with aclosing(self._run(job, deadline, trace)) as events:
@@ -208,10 +225,10 @@ class Frontend:
                     yield event
 
     @contextmanager
-    def _place(self) -> Iterator[Ticket]:
+    def _place(self, caller: Caller) -> Iterator[Ticket]:
         if self.draining:
             raise DrainingError("this router is going away and takes no new requests")
-        ticket = self._admission.enter(self._now())
+        ticket = self._admission.enter(self._now(), caller)
         self._idle.clear()
         try:
             yield ticket
@@ -220,11 +237,18 @@ class Frontend:
             if not self._admission.requests:
                 self._idle.set()
 
+    def _raise_slow(self, deadline: Deadline) -> None:
+        deadline.remaining_s()
+        raise SlowReaderError(
+            f"the client has read nothing for {self._settings.slow_reader_s:g} s, though there was more for it; "
+            "the request was cancelled"
+        )
+
     def _check_model(self, model: str) -> None:
         if model not in ("", self.model.name):
             raise ModelNotFoundError(f"model {model[:128]!r} is not served; served: {self.model.name}")
 
-    async def _check(self, request: GenerateRequest, request_id: str, ticket: Ticket) -> Job:
+    async def _check(self, request: GenerateRequest, request_id: str, ticket: Ticket, caller: Caller) -> Job:
         self._check_model(request.model)
         n = choices_of(request.n)
         facts = self.facts()
@@ -238,7 +262,7 @@ class Frontend:
         with tracing.span("tokenize") as span:
             prompt = await self._encode(request)
             span.set_attribute("zipserve.prompt_tokens", len(prompt))
-        check_prompt(prompt, facts)
+        check_prompt(prompt, facts, self._settings.prompt_tokens_max)
         check_prompt_logprobs(len(prompt), sampling)
         max_tokens = completion_tokens(request.stop, len(prompt), facts, self._settings)
         check_min_tokens(request.stop, max_tokens)
@@ -250,9 +274,9 @@ class Frontend:
             max_tokens=max_tokens,
             stop=tuple(request.stop.stop),
             stop_token_ids=eos.union(request.stop.stop_token_ids),
-            priority=request.priority,
+            priority=caller.priority(request.priority),
             min_tokens=request.stop.min_tokens,
-            cache_salt=request.cache_salt,
+            cache_salt=caller.salt(request.cache_salt),
             guide=guide,
             n=n,
         )
@@ -297,6 +321,18 @@ class Frontend:
                 if isinstance(chunk, Chunk) and chunk.ends:
                     yield _finished(trace.choices[chunk.choice], trace.arrived_s)
         trace.complete = True
+
+
+async def _next(events: AsyncGenerator[Event, None], deadline: Deadline) -> Event | None:
+    """The next event; None when there are no more."""
+    limit = asyncio.timeout(deadline.remaining_s())
+    try:
+        async with limit:
+            return await anext(events, None)
+    except TimeoutError as error:
+        if limit.expired():
+            raise DeadlineError("the deadline has passed") from error
+        raise
 
 
 async def _run_parting(session: Session) -> AsyncGenerator[PromptLogprobs | Chunk, None]:

@@ -49,10 +49,14 @@ class Job:
         return len(self.prompt) + self.max_tokens
 
 
-def check_prompt(prompt: Sequence[int], facts: ModelFacts) -> None:
+def check_prompt(prompt: Sequence[int], facts: ModelFacts, tokens_max: int | None = None) -> None:
     """Raises InvalidRequestError for a prompt that is empty, too long, or has ids outside the vocabulary."""
     if not prompt:
         raise InvalidRequestError("the prompt is empty, needs at least one token", field="prompt")
+    if tokens_max is not None and len(prompt) > tokens_max:
+        raise InvalidRequestError(
+            f"the prompt has {len(prompt)} tokens, this router takes at most {tokens_max}", field="prompt"
+        )
     if len(prompt) >= facts.context_tokens:
         raise InvalidRequestError(
             f"the prompt has {len(prompt)} tokens; with at least one to generate it must stay within the model's "

@@ -9,16 +9,20 @@ waiting, and those of the prompt that it is not expected to find in its cache.
 """
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 WorkerKey = tuple[str, int]
 """Worker id and incarnation: a restarted worker is another one."""
 
+K = TypeVar("K", bound=Hashable)
+
 _REMEMBERED_PICKS = 4096
+_CERTAINTY = 2.0
+"""A worker may turn out to be this many times faster than it says before somebody was called late who was not."""
 _NOTHING: Mapping[WorkerKey, int] = MappingProxyType({})
 
 
@@ -40,6 +44,8 @@ class Worker:
     running_requests: int = 0
     parked_requests: int = 0
     free_blocks: int = 0
+    prefill_tokens_per_s: float = 0.0
+    """As it has measured; 0: not known."""
     block_tokens: int = 0
     """Of the layout that it writes; 0: not known."""
     eos_token_ids: frozenset[int] = frozenset()
@@ -95,14 +101,30 @@ class InFlight:
 
     prefill_tokens: Counter[WorkerKey] = field(default_factory=Counter)
     decode_requests: Counter[WorkerKey] = field(default_factory=Counter)
+    _prompts: dict[WorkerKey, Counter[tuple[int, int]]] = field(default_factory=dict)
+    """Priority and tokens of each prompt that is being computed."""
     _picks: int = 0
     _last_pick: dict[WorkerKey, int] = field(default_factory=dict)
 
     @contextmanager
-    def prefilling(self, worker: Worker, tokens: int) -> Iterator[None]:
+    def prefilling(self, worker: Worker, tokens: int, priority: int = 0) -> Iterator[None]:
         """Counts a prompt while the context is open."""
-        with _counted(self.prefill_tokens, worker.key, tokens):
+        prompts = self._prompts.setdefault(worker.key, Counter())
+        with _counted(self.prefill_tokens, worker.key, tokens), _counted(prompts, (priority, tokens), 1):
             yield
+        if not prompts:
+            self._prompts.pop(worker.key, None)
+
+    def tokens_ahead(self, worker: Worker, tokens: int, priority: int) -> int:
+        """Tokens that a prefill worker certainly computes before those of a prompt that would come now: of a higher
+        priority, or of the same and not longer; as far as this router has sent them, and the worker has them waiting.
+        """
+        ahead = sum(
+            of_prompt * count
+            for (other, of_prompt), count in self._prompts.get(worker.key, {}).items()
+            if other > priority or (other == priority and of_prompt <= tokens)
+        )
+        return min(ahead, worker.queued_tokens)
 
     @contextmanager
     def decoding(self, worker: Worker, sequences: int = 1) -> Iterator[None]:
@@ -130,7 +152,7 @@ class InFlight:
 
 
 @contextmanager
-def _counted(counter: Counter[WorkerKey], key: WorkerKey, amount: int) -> Iterator[None]:
+def _counted(counter: Counter[K], key: K, amount: int) -> Iterator[None]:
     counter[key] += amount
     try:
         yield
@@ -171,6 +193,22 @@ def prefill_scores(
         )
         for worker in prefills
     ]
+
+
+def first_token_s_at_least(
+    prefills: Sequence[Worker], need: Need, in_flight: InFlight, priority: int, to_compute: Mapping[WorkerKey, int]
+) -> float:
+    """Time that any prefill worker will certainly take to the first token of a prompt, in seconds; 0 where one of them
+    does not say how fast it is."""
+
+    def seconds(worker: Worker) -> float:
+        if not worker.prefill_tokens_per_s:
+            return 0.0
+        tokens = to_compute.get(worker.key, 0)
+        ahead = in_flight.tokens_ahead(worker, tokens, priority)
+        return (ahead + tokens) / (_CERTAINTY * worker.prefill_tokens_per_s)
+
+    return min((seconds(worker) for worker in prefills if need.met_by(worker)), default=0.0)
 
 
 def choose(

@@ -12,6 +12,8 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.channel import Deadline
 from zipserve.common.rpc.duration import to_duration
+from zipserve.router.access.keyring import KeyRing
+from zipserve.router.caller import Caller
 from zipserve.router.frontend import Event, Finished, Frontend, Started
 from zipserve.v1 import inference_service_pb2 as pb
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer
@@ -23,9 +25,9 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 class InferenceServicer(InferenceServiceServicer):
     """The public face of zipserve."""
 
-    def __init__(self, frontend: Frontend, deadline_default_s: float, message_bytes_max: int) -> None:
+    def __init__(self, frontend: Frontend, keys: KeyRing, message_bytes_max: int) -> None:
         self._frontend = frontend
-        self._deadline_default_s = deadline_default_s
+        self._keys = keys
         self._message_bytes_max = message_bytes_max
 
     async def Generate(
@@ -43,13 +45,15 @@ class InferenceServicer(InferenceServiceServicer):
         return answer.response()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
-        token_ids = await self._frontend.tokenize(request, self._deadline(context))
+        token_ids = await self._frontend.tokenize(request, self._deadline(context), self._caller(context))
         response = pb.TokenizeResponse(token_ids=token_ids, context_tokens=self._frontend.facts().context_tokens)
         _check_size(response.ByteSize(), self._message_bytes_max, f"the answer's {len(token_ids)} ids", "prompt")
         return response
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
-        text = await self._frontend.detokenize(request.model, request.token_ids, self._deadline(context))
+        text = await self._frontend.detokenize(
+            request.model, request.token_ids, self._deadline(context), self._caller(context)
+        )
         response = pb.DetokenizeResponse(text=text)
         _check_size(response.ByteSize(), self._message_bytes_max, f"the answer's {len(text)} characters", "token_ids")
         return response
@@ -63,10 +67,13 @@ class InferenceServicer(InferenceServiceServicer):
     def _events(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[Event, None]:
         request_id = _request_id(context)
         structlog.contextvars.bind_contextvars(request_id=request_id)
-        return self._frontend.generate(request, request_id, self._deadline(context))
+        return self._frontend.generate(request, request_id, self._deadline(context), self._caller(context))
+
+    def _caller(self, context: Context) -> Caller:
+        return self._keys.caller(context.invocation_metadata() or ())
 
     def _deadline(self, context: Context) -> Deadline:
-        return Deadline.of(context, self._deadline_default_s)
+        return self._frontend.deadline(context.time_remaining())
 
 
 class _Answer:

@@ -39,6 +39,7 @@ from zipserve.router.policy import (
     WorkerKey,
     choose,
     choose_alone,
+    first_token_s_at_least,
     missing,
     prefill_scores,
 )
@@ -181,12 +182,20 @@ class Session:
             else:
                 busy = [self._overloads[w.key] for w in route.workers if w.key in self._overloads]
                 if not any(until_s > self._now() for until_s, _ in busy):
+                    self._check_hope(prefills or ())
                     return route
                 until_s, error = max(busy, key=lambda entry: entry[0])
                 if until_s - self._now() > self._remaining_s(error):
                     raise error
             with self._metrics.queued_requests.track_inprogress():
                 await self._workers.wait_for_change(min(until_s - self._now(), self._remaining_s(error)))
+
+    def _check_hope(self, prefills: Sequence[Worker]) -> None:
+        """Raises DeadlineError if no prefill worker can have the first token in time."""
+        left_s, where = self._deadline.remaining_s(), (self._need, self._in_flight, self._job.priority)
+        takes_s = first_token_s_at_least(prefills, *where, self._to_compute)
+        if takes_s >= left_s:
+            raise DeadlineError(f"the first token takes {takes_s:.2f} s at least, the deadline is in {left_s:.2f} s")
 
     def _choose(self, prefills: Sequence[Worker] | None, decodes: Sequence[Worker]) -> Pair | Alone | None:
         token_ids = self._choices[0].transcript.sequence
@@ -231,7 +240,8 @@ class Session:
         """From the prefill worker over to the decode worker."""
         prefill, token_ids = pair.prefill, self._choices[0].transcript.sequence
         self._prefixes.note(prefill, token_ids, self._job.cache_salt)
-        with self._in_flight.prefilling(prefill, self._to_compute.get(prefill.key, len(token_ids))):
+        tokens = self._to_compute.get(prefill.key, len(token_ids))
+        with self._in_flight.prefilling(prefill, tokens, self._job.priority):
             answer = await self._prefill(prefill)
         handed_over = False
         try:

@@ -139,6 +139,7 @@ def _plain(record: WorkerRecord) -> Worker:
         running_requests=load.running_requests,
         parked_requests=load.parked_requests,
         free_blocks=load.free_blocks,
+        prefill_tokens_per_s=load.prefill_tokens_per_second,
         block_tokens=facts.block_tokens,
         eos_token_ids=frozenset(facts.eos_token_ids),
     )

@@ -15,10 +15,14 @@ from zipserve.common import log, tracing
 from zipserve.common.errors import DeadlineError, InternalError, InvalidRequestError, ZipserveError
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc import Context
+from zipserve.common.rpc.door import Door
 from zipserve.common.rpc.status import to_status
 
 _log = log.get()
-_INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.")
+_ABORT_S = 5.0
+"""How long a client that does not read is given to see why its call has ended; then it is just ended."""
+_OPEN_TO_ALL = "/grpc.health."
+_REFLECTION = "/grpc.reflection."
 
 
 class _Malformed:
@@ -29,10 +33,15 @@ class _Malformed:
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every method of our own services; health and reflection pass as they are."""
+    """Wraps every method of our own services; those of health are open to all, those of reflection behind the door.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        door: None: everybody may come in.
+    """
+
+    def __init__(self, metrics: Metrics, door: Door | None = None) -> None:
         self._metrics = metrics
+        self._door = door
 
     async def intercept_service(
         self,
@@ -41,8 +50,10 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_INFRASTRUCTURE):
+        if handler is None or method.startswith(_OPEN_TO_ALL):
             return handler
+        if method.startswith(_REFLECTION):
+            return self._guarded(method, handler)
         deserialize = _tolerant(handler.request_deserializer)
         if handler.unary_unary:
             behaviour = self._unary(method, handler.unary_unary)
@@ -51,6 +62,23 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             behaviour = self._stream(method, handler.unary_stream)
             return grpc.unary_stream_rpc_method_handler(behaviour, deserialize, handler.response_serializer)
         raise InternalError(f"{method} streams requests, which no service of ours does")
+
+    def _guarded(self, method: str, handler: Any) -> Any:
+        """A method that streams both ways, for those who may come in."""
+
+        async def handle(requests: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                self._admit(method, context)
+            except ZipserveError as error:
+                await _abort(context, error)
+            async for response in handler.stream_stream(requests, context):
+                yield response
+
+        return grpc.stream_stream_rpc_method_handler(handle, handler.request_deserializer, handler.response_serializer)
+
+    def _admit(self, method: str, context: Context) -> None:
+        if self._door is not None:
+            self._door.admit(method, context.invocation_metadata() or ())
 
     def _unary(self, method: str, behaviour: Any) -> Any:
         async def handle(request: Any, context: Context) -> Any:
@@ -79,6 +107,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         with _gone_is_cancelled(), bound, tracing.server_span(method, metadata) as span:
             tracing.annotate("zipserve.request_id", lambda: request_id, span)
             try:
+                self._admit(method, context)
                 if isinstance(request, _Malformed):
                     raise InvalidRequestError(f"the request is not a valid message: {request.reason}")
                 yield
@@ -117,7 +146,11 @@ def _gone_is_cancelled() -> Iterator[None]:
 
 
 async def _abort(context: Context, error: ZipserveError) -> None:
-    await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    try:
+        async with asyncio.timeout(_ABORT_S):
+            await context.abort_with_status(rpc_status.to_status(to_status(error)))
+    except TimeoutError as late:  # a status comes after what was written before, and the client does not read
+        raise asyncio.CancelledError from late
 
 
 def _tolerant(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:

@@ -15,6 +15,7 @@ from zipserve.common.errors import InternalError
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryWriter
 from zipserve.common.rpc import Context
+from zipserve.common.rpc.door import ClusterTokens, Entrance
 from zipserve.common.rpc.interceptor import ServiceInterceptor
 from zipserve.common.settings import ServiceSettings
 from zipserve.v1 import worker_service_pb2, worker_service_pb2_grpc
@@ -32,6 +33,9 @@ class Service(Protocol):
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         """Adds the servicers to a server and returns their full names."""
+
+    def entrance(self) -> Entrance | None:
+        """Who may call, and over which TLS. None: the services of the cluster, which know its secret."""
 
     def capabilities(self) -> worker_service_pb2.Capabilities | None:
         """What the registry shall know, always the same object; None for a service that nobody looks up there."""
@@ -80,18 +84,16 @@ async def serve(
         OSError: the address to listen on is taken.
         InternalError: a background task of the service has ended; it can serve no more.
     """
+    entrance = service.entrance() or ClusterTokens.entrance(settings)
     server = grpc.aio.server(
-        interceptors=[ServiceInterceptor(service.metrics)],
-        options=[
-            ("grpc.max_receive_message_length", settings.message_bytes_max),
-            ("grpc.max_send_message_length", settings.message_bytes_max),
-            ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-        ],
+        interceptors=[ServiceInterceptor(service.metrics, entrance.door)],
+        options=_options(settings),
     )
     try:
-        port = server.add_insecure_port(settings.listen)
+        if entrance.certificates is None:
+            port = server.add_insecure_port(settings.listen)
+        else:
+            port = server.add_secure_port(settings.listen, entrance.certificates.server_credentials())
     except RuntimeError as error:
         raise OSError(f"cannot listen on {settings.listen}: {error}") from error
     address = settings.advertised(port)
@@ -106,6 +108,25 @@ async def serve(
     finally:
         await server.stop(0)
         await service.close()
+
+
+def _options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    options = [
+        ("grpc.max_receive_message_length", settings.message_bytes_max),
+        ("grpc.max_send_message_length", settings.message_bytes_max),
+        ("grpc.max_concurrent_streams", settings.connection_calls_max),
+        ("grpc.so_reuseport", 0),
+        # Peers that vanish without a word, so that nothing is computed for them.
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Peers may ask the same of us, but a connection that asks more often is closed.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]
+    if settings.connection_age_max_s:
+        options.append(("grpc.max_connection_age_ms", round(settings.connection_age_max_s * 1000)))
+    return options
 
 
 async def _serve_started(

@@ -57,10 +57,10 @@ class Peers:
         self._open_transport = open_transport
         self._reads_from = reads_from
         self._fetch_s = fetch_s
-        self._secret = settings.secret.get_secret_value().encode()
+        self._secret = settings.secret_bytes
         self._resources = AsyncExitStack()
         self._loops: list[asyncio.Task[None]] = []
-        self._channels = ChannelPool(settings.message_bytes_max)
+        self._channels = ChannelPool.within(settings)
         self.registry = RegistryView(settings)
         self.holders = Holders()
         self.source = KvSource(

@@ -141,7 +141,7 @@ class Api:
         """POST /tokenize."""
         call = await self._call(exchange)
         asked = parse(tokenize_kind(call.body), call.body)
-        token_ids = await self._frontend.tokenize(asked.to_proto(), call.deadline)
+        token_ids = await self._frontend.tokenize(asked.to_proto(), call.deadline, call.caller)
         texts = [self._tokens.text(token_id) for token_id in token_ids] if asked.return_token_strs else None
         await exchange.answer(200, tokenized(token_ids, self._frontend.facts().context_tokens, texts))
 
@@ -150,7 +150,7 @@ class Api:
         call = await self._call(exchange)
         asked = parse(Detokenize, call.body)
         try:
-            text = await self._frontend.detokenize(asked.model or "", asked.tokens, call.deadline)
+            text = await self._frontend.detokenize(asked.model or "", asked.tokens, call.deadline, call.caller)
         except ZipserveError as error:
             raise Refused(problem_of(error, {"token_ids": "tokens"})) from error
         await exchange.answer(200, {"prompt": text})
@@ -163,7 +163,8 @@ class Api:
             await exchange.answer(200, {"status": "serving"})
 
     async def metrics(self, exchange: Exchange) -> None:
-        """GET /metrics."""
+        """GET /metrics: for those who have a key, since it names callers; `metrics_port` asks for none."""
+        self._authenticated(exchange)
         body = generate_latest(self._metrics.registry)
         await exchange.answer_bytes(200, body, {"content-type": CONTENT_TYPE_LATEST})
 
@@ -176,7 +177,7 @@ class Api:
 
     async def _call(self, exchange: Exchange) -> Call:
         caller = self._authenticated(exchange)
-        deadline = exchange.deadline(self._settings.deadline_default_s)
+        deadline = self._frontend.deadline(exchange.asked_s())
         async with asyncio.timeout(deadline.remaining_s()):
             body = await exchange.body(self._settings.http_body_bytes_max)
         return Call(exchange.request_id, caller, deadline, body)

@@ -12,7 +12,6 @@ from starlette.types import Receive, Scope, Send
 
 from zipserve.common import tracing
 from zipserve.common.errors import DeadlineError, InvalidRequestError
-from zipserve.common.rpc.channel import Deadline
 from zipserve.router.http.fields import dumps
 from zipserve.router.http.problem import Problem, Refused, refusal
 from zipserve.router.http.sse import error_event
@@ -41,8 +40,8 @@ class Exchange:
         """Whether the answer has begun."""
         self._receive, self._send = receive, send
 
-    def deadline(self, default_s: float) -> Deadline:
-        """The client's, at most `default_s` from now.
+    def asked_s(self) -> float | None:
+        """Time that the client gives its request; None: it says nothing.
 
         Raises:
             InvalidRequestError: its header is no number.
@@ -50,7 +49,7 @@ class Exchange:
         """
         given = self.headers.get(TIMEOUT_HEADER)
         if given is None:
-            return Deadline(default_s)
+            return None
         try:
             timeout_s = float(given)
         except ValueError:
@@ -61,7 +60,7 @@ class Exchange:
             )
         if timeout_s <= 0:
             raise DeadlineError(f"the deadline has passed: {TIMEOUT_HEADER} is {given[:64]}")
-        return Deadline(min(timeout_s, default_s))
+        return timeout_s
 
     async def body(self, bytes_max: int) -> bytes:
         """The whole body, which is JSON by its header.

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,12 +25,15 @@ class HttpServer:
         """Ends with the server only."""
 
     @classmethod
-    async def start(cls, app: ASGIApp, listen: str, *, connections_max: int, unread_s: float) -> "HttpServer":
+    async def start(
+        cls, app: ASGIApp, listen: str, *, connections_max: int, unread_s: float, tls: ssl.SSLContext | None = None
+    ) -> "HttpServer":
         """Listens on host:port, where port 0 takes a free one.
 
         Args:
             connections_max: more are answered with 503.
             unread_s: a connection whose peer takes nothing for so long is broken off.
+            tls: None: plain HTTP.
 
         Raises:
             OSError: the address is taken, or the host is not ours.
@@ -49,6 +53,8 @@ class HttpServer:
             limit_concurrency=connections_max,
             timeout_graceful_shutdown=_GRACE_S,
         )
+        config.load()
+        config.ssl = tls  # its own settings know no certificates that change
         server = _Uvicorn(config)
         task = asyncio.create_task(server.serve(sockets=[listener]), name="http server")
         ready = asyncio.create_task(server.ready.wait())
