@@ -325,7 +325,7 @@ async def test_keys(router: HttpCluster, stack: AsyncExitStack, monkeypatch: pyt
             raise UnauthenticatedError("the key is missing or unknown")
         return Caller(name="ann")
 
-    def generate(request: Any, request_id: str, deadline: Any, caller: Caller) -> Any:
+    def generate(request: Any, request_id: str, deadline: Any, caller: Caller, *_: Any) -> Any:
         seen.append(caller)
         raise UnauthenticatedError("far enough")
 
