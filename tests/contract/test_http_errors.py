@@ -69,6 +69,18 @@ OF_BOTH: list[tuple[dict[str, Any], str, str]] = [
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", r"is missing"),
     ({"guided_json": 3}, "guided_json", r"guided_json is 3, must be a JSON Schema"),
     ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", r"guided_regex and guided_choice are set"),
+    ({"guided_regex": "("}, "guided_regex", r"^guided_regex"),
+    ({"guided_choice": []}, "guided_choice", r"guided_choice has 0 texts"),
+    (
+        {"structured_outputs": {"grammar": "start: nothing"}},
+        "structured_outputs.grammar",
+        r"^structured_outputs.grammar",
+    ),
+    (
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nope"}}}},
+        "response_format",
+        r"^response_format",
+    ),
     ({"structured_outputs": {"ebnf": "x"}}, "structured_outputs.ebnf", r"no such field"),
 ]
 OF_CHAT: list[tuple[dict[str, Any], str, str]] = [
@@ -313,7 +325,7 @@ async def test_keys(router: HttpCluster, stack: AsyncExitStack, monkeypatch: pyt
             raise UnauthenticatedError("the key is missing or unknown")
         return Caller(name="ann")
 
-    def generate(request: Any, request_id: str, deadline: Any, caller: Caller) -> Any:
+    def generate(request: Any, request_id: str, deadline: Any, caller: Caller, *_: Any) -> Any:
         seen.append(caller)
         raise UnauthenticatedError("far enough")
 
