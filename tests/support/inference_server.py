@@ -81,11 +81,11 @@ class FakeInference(InferenceServiceServicer):
 
     def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         self._keep(request, context)
-        return pb.ListModelsResponse(models=[Model(id="m", context_tokens=10)])
+        return pb.ListModelsResponse(models=[Model(id="m", context_tokens=10, vocab_tokens=100)])
 
     def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         self._keep(request, context)
-        return pb.GetModelResponse(model=Model(id="m", context_tokens=10))
+        return pb.GetModelResponse(model=Model(id="m", context_tokens=10, vocab_tokens=100))
 
     def _keep(self, request: Any, context: Any) -> None:
         self.asked.append(request)

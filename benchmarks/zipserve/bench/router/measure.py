@@ -41,7 +41,7 @@ class Size:
     """Those of them after which it is looked at first."""
 
 
-QUICK = Size(requests=50, streams=8, stream_tokens=100, lives=200, lives_before=100)
+QUICK = Size(requests=100, streams=32, stream_tokens=500, lives=200, lives_before=100)
 
 
 @dataclass(frozen=True)

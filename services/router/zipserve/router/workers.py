@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from functools import partial
 
 from opentelemetry.trace import Span, SpanKind
@@ -11,6 +12,7 @@ from zipserve.common.errors import ZipserveError
 from zipserve.common.registry import RegistryView, WorkerRecord
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
+from zipserve.router.gather import Pace, gathered
 from zipserve.router.policy import Worker
 from zipserve.v1.decode_service_pb2 import DecodeRequest, DecodeResponse, EndSequenceRequest
 from zipserve.v1.decode_service_pb2_grpc import DecodeServiceStub
@@ -31,6 +33,7 @@ class GrpcWorkers:
         self._channels = channels
         self._known: dict[WorkerRole.ValueType, dict[str, tuple[WorkerRecord, Worker]]] = {}
         self._background: set[asyncio.Task[None]] = set()
+        self._pace = Pace()
 
     def prefills(self) -> list[Worker]:
         """Prefill workers that take work."""
@@ -63,8 +66,9 @@ class GrpcWorkers:
                 metadata = tracing.outgoing(request.request_id)
             call = stub.Decode(request, timeout=timeout_s, metadata=metadata)
             try:
-                async for event in call:
-                    yield event
+                async with aclosing(gathered(call, self._pace.pause_s)) as events:
+                    async for event in events:
+                        yield event
             finally:
                 call.cancel()
 
