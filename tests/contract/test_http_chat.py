@@ -13,6 +13,7 @@ import router_model
 from http_router import HttpCluster, build_http, events_of, speak
 from router_peers import text_at
 from zipserve.common.models import ModelFiles, resolve
+from zipserve.router.caller import ANYBODY
 from zipserve.v1.prefill_service_pb2 import PrefillRequest
 
 PROMPT_TOKENS = 19
@@ -189,7 +190,7 @@ async def test_every_parameter_reaches_the_workers(router: HttpCluster) -> None:
     assert sampling.logprobs == 3
     assert list(asked.stop_token_ids) == [9]
     # vLLM's priorities fall
-    assert (asked.min_tokens, asked.priority, asked.cache_salt) == (2, -4, "salt")
+    assert (asked.min_tokens, asked.priority, asked.cache_salt) == (2, -4, ANYBODY.salt("salt"))
 
 
 async def test_parts_names_and_roles(tools: HttpCluster) -> None:

@@ -337,13 +337,13 @@ async def test_keys(router: HttpCluster, stack: AsyncExitStack, monkeypatch: pyt
     monkeypatch.setattr(router.cluster.frontend, "generate", generate)
     for method, path in [
         ("POST", CHAT), ("POST", COMPLETION), ("POST", "/tokenize"), ("POST", "/detokenize"),
-        ("GET", "/v1/models"), ("GET", "/v1/models/tiny"),
+        ("GET", "/v1/models"), ("GET", "/v1/models/tiny"), ("GET", "/metrics"),
     ]:  # fmt: skip
         response = await http.request(method, path)
         assert response.status_code == 401, path
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
-    for path in ("/health", "/metrics", "/version"):
+    for path in ("/health", "/version"):
         assert (await http.get(path)).status_code == 200
     response = await http.post(COMPLETION, json={"prompt": "x"}, headers={"authorization": "Bearer right"})
     assert response.json()["error"]["message"] == "far enough"
