@@ -1,0 +1,208 @@
+"""Finds the placement with the most goodput per device: bounds say where to look first and where not at all, the
+simulation decides. Pure.
+
+Source: DistServe (OSDI'24), Algorithms 1 and 2.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from zipserve.common.errors import InvalidRequestError
+from zipserve.planner.bounds import ceiling, tpot_floor_ms, ttft_floor_ms
+from zipserve.planner.goal import Slo
+from zipserve.planner.goodput import highest_rate
+from zipserve.planner.latency import ModelProfile
+from zipserve.planner.simulation import Placement, passes
+from zipserve.planner.space import Devices, Shape, Space, phase
+from zipserve.planner.workload import Workload
+
+_IDLE_RATE = 1e-9
+"""Requests per second so few that none meets another."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A placement that was looked at."""
+
+    placement: Placement
+    ceiling: float
+    """Requests per second and device that it cannot exceed."""
+    goodput: float | None
+    """Requests per second and device; None: it was not simulated, because its ceiling is below the best one found."""
+
+    @property
+    def rank(self) -> tuple[float, int, Shape]:
+        """Sorts the best first: the most goodput, then the fewest devices, then the lowest parallelism."""
+        return -(self.goodput or 0.0), self.placement.devices, self.placement.shape
+
+
+@dataclass
+class Ranking:
+    """The outcome of a search."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+    """Simulated ones first, best first."""
+    infeasible: list[tuple[Shape, str]] = field(default_factory=list)
+
+    @property
+    def best(self) -> Candidate | None:
+        """None if nothing keeps the objectives at any rate."""
+        first = self.candidates[0] if self.candidates else None
+        return first if first is not None and first.goodput else None
+
+
+def rank(space: Space, workload: Workload, slo: Slo, rate_max: float, *, prune: bool = True) -> Ranking:
+    """Goodput of all placements of a space.
+
+    Args:
+        rate_max: requests per second and device up to which is searched, in steps of a 256th.
+        prune: leave out what cannot win. The best one is the same.
+    """
+    order = [Candidate(p, ceiling(p, workload, slo, rate_max) if prune else rate_max, None) for p in space.placements]
+    order.sort(key=lambda candidate: (-candidate.ceiling, candidate.placement.devices, candidate.placement.shape))
+    ranking = Ranking(infeasible=space.infeasible)
+    skipped = []
+    best: Candidate | None = None
+    for candidate in order:
+        if prune and _cannot_win(candidate, best):
+            skipped.append(candidate)
+            continue
+        found = replace(candidate, goodput=goodput(candidate.placement, workload, slo, rate_max))
+        ranking.candidates.append(found)
+        best = found if best is None else min(best, found, key=lambda one: one.rank)
+    ranking.candidates.sort(key=lambda one: one.rank)
+    ranking.candidates += skipped
+    return ranking
+
+
+def goodput(placement: Placement, workload: Workload, slo: Slo, rate_max: float) -> float:
+    """Requests per second and device up to which a placement keeps its objectives."""
+    return highest_rate(lambda rate: passes(placement, workload, rate * placement.devices, slo), rate_max)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Copies of placements that share the requests."""
+
+    parts: tuple[tuple[int, Placement], ...]
+    rate: float
+    """Requests per second that it can serve within the objectives."""
+
+    @property
+    def devices(self) -> int:
+        """How many it occupies."""
+        return sum(copies * placement.devices for copies, placement in self.parts)
+
+    @property
+    def goodput(self) -> float:
+        """Requests per second and device."""
+        return self.rate / self.devices
+
+
+def copies(candidate: Candidate, devices: Devices, rate: float | None) -> Deployment:
+    """As many copies of one placement as `rate` requests per second need; None: one.
+
+    Raises:
+        InvalidRequestError: the devices do not suffice.
+    """
+    each = (candidate.goodput or 0.0) * candidate.placement.devices
+    count = 1 if rate is None else math.ceil(rate / each)
+    return _within(Deployment(((count, candidate.placement),), count * each), devices, rate)
+
+
+def any_placement(
+    model: ModelProfile, devices: Devices, workload: Workload, slo: Slo, rate_max: float, rate: float | None
+) -> tuple[Deployment, Ranking, Ranking]:
+    """Algorithm 1: the best instance of each phase by itself, as many copies of each as the rate needs.
+
+    Args:
+        rate: requests per second to serve; None: what the devices serve with the best ratio.
+
+    Returns:
+        The deployment, and the rankings of prefill and decode instances.
+
+    Raises:
+        InvalidRequestError: no instance keeps its objective, or the devices do not suffice.
+    """
+    rankings = []
+    for prefill in (True, False):
+        limits = {"tpot_ms": math.inf} if prefill else {"ttft_ms": math.inf}
+        alone = replace(slo, **limits)  # type: ignore[arg-type]
+        space = phase(model, devices, workload, prefill=prefill)
+        ranking = rank(space, workload, alone, rate_max)
+        if ranking.best is None:
+            raise unreachable([space], workload, alone, rate_max)
+        rankings.append(ranking)
+    prefills, decodes = rankings
+    best = [one.best for one in rankings if one.best is not None]
+    each = [(one.goodput or 0.0) * one.placement.devices for one in best]
+    sizes = [one.placement.devices for one in best]
+    counts = [math.ceil(rate / served) for served in each] if rate is not None else _ratio(each, sizes, devices.total)
+    served = min(count * one for count, one in zip(counts, each, strict=True))
+    parts = tuple((count, one.placement) for count, one in zip(counts, best, strict=True))
+    return _within(Deployment(parts, served), devices, rate), prefills, decodes
+
+
+def unreachable(spaces: Sequence[Space], workload: Workload, slo: Slo, rate_max: float) -> InvalidRequestError:
+    """The error that says which objective nothing meets, or why there is nothing that could."""
+    placements = [placement for space in spaces for placement in space.placements]
+    if not placements:
+        reasons = [why for space in spaces for _, why in space.infeasible] or ["there are too few devices for any"]
+        return InvalidRequestError(f"no placement is feasible: {reasons[0]}", field="devices")
+    percentile = slo.attainment * 100
+    for name, limit_ms, floors in (
+        ("ttft", slo.ttft_ms, [ttft_floor_ms(p, workload, _IDLE_RATE) for p in placements]),
+        ("tpot", slo.tpot_ms, [tpot_floor_ms(p, workload) for p in placements]),
+    ):
+        least_ms = [float(np.percentile(floor, percentile)) for floor in floors]
+        best = int(np.argmin(least_ms))
+        if least_ms[best] >= limit_ms:
+            return InvalidRequestError(
+                f"no placement meets {name.upper()} {limit_ms:g} ms: with nothing else running, the fastest "
+                f"{placements[best].shape} takes {least_ms[best]:.4g} ms for {percentile:g} % of the requests",
+                field=f"slo_{name}",
+            )
+    return InvalidRequestError(
+        f"no placement keeps TTFT {slo.ttft_ms:g} ms and TPOT {slo.tpot_ms:g} ms for {percentile:g} % of the requests "
+        f"even at {rate_max / 256:g} requests/s per device, the lowest rate tried; lower the highest one",
+        field="rate_max",
+    )
+
+
+def _cannot_win(candidate: Candidate, best: Candidate | None) -> bool:
+    if best is None:
+        return False
+    return replace(candidate, goodput=candidate.ceiling).rank > best.rank
+
+
+def _ratio(each: list[float], sizes: list[int], total: int) -> list[int]:
+    """Copies of both phases that serve the most requests per device."""
+    options = [
+        [prefills, decodes]
+        for prefills in range(1, total // sizes[0] + 1)
+        for decodes in range(1, (total - prefills * sizes[0]) // sizes[1] + 1)
+    ]
+    if not options:
+        raise InvalidRequestError(
+            f"the best prefill and decode instances need {sizes[0]} + {sizes[1]} devices, {total} are there",
+            field="devices",
+        )
+
+    def per_device(counts: list[int]) -> float:
+        served = min(count * one for count, one in zip(counts, each, strict=True))
+        return served / sum(count * size for count, size in zip(counts, sizes, strict=True))
+
+    return max(options, key=per_device)
+
+
+def _within(deployment: Deployment, devices: Devices, rate: float | None) -> Deployment:
+    if deployment.devices > devices.total:
+        wanted = "" if rate is None else f"{rate:g} requests/s need "
+        parts = " + ".join(f"{count} × {placement.devices}" for count, placement in deployment.parts)
+        raise InvalidRequestError(
+            f"{wanted}{parts} = {deployment.devices} devices, {devices.total} are there", field="devices"
+        )
+    return deployment
