@@ -1,8 +1,8 @@
 """What no simulation can beat: floors under the times of requests, and so a ceiling over the goodput of a placement.
 
-Each floor leaves out something that the simulation charges, never adds anything, and never falls when the rate rises. So
-a rate that fails here fails in the simulation too, as does any above it; and this at any number of requests, also where a
-trace ends before its queues have settled.
+Each floor leaves out something that the simulation charges, never adds anything, and never falls when the rate rises.
+So a rate that fails here fails in the simulation too, as does any above it; and this at any number of requests, also
+where a trace ends before its queues have settled.
 """
 
 import numpy as np

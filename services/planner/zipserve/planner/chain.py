@@ -1,9 +1,9 @@
 """One chain of pipeline stages, simulated event by event: the compiled heart of the planner.
 
-A chain prefills, decodes, or does both, in which case a stage prefers prompts. Nothing here is sampled or cut into time
+A chain prefills, decodes, or does both, in which case a stage prefers prompts. Nothing is sampled or cut into time
 steps: the clock jumps from one arrival or end of a step to the next, so that a result is exact in double precision. At
-equal times arrivals come first, then what was scheduled first; a stage that was woken resumes after whatever was already
-due at that instant.
+equal times arrivals come first, then what was scheduled first; a stage that was woken resumes after whatever was
+already due at that instant.
 
 A prompt goes through the stages in the batch that the first one has formed. A decoded sequence goes round the stages
 once for each token, in whatever batch the stages find: what waits for one merges. Queues and batches of decode are
@@ -25,14 +25,14 @@ Flags = NDArray[np.bool_]
 
 _IDLE, _WOKEN, _PREFILL, _DECODE = range(4)
 _DOING, _TURN, _DONE = range(3)
-"""Of a stage: what it does, when in the order of scheduling that was scheduled, and batches of prompts it is done with."""
+"""Of a stage: what it does, the number of the event that ends it, and how many batches of prompts it is done with."""
 _FOLLOWING, _CONTEXT, _LEFT, _LATE = range(4)
 """Of a request: the next one in its list, tokens, tokens to come, and whether its first one was late."""
 _FIRST, _LAST, _COUNT, _TOKENS = range(4)
-"""Of a list: its ends, its length, and the sum of its contexts, each with the token to come. Stage s has two: what waits
-for it is list 2 s, what it computes is list 2 s + 1."""
+"""Of a list: its ends, its length, and the sum of its contexts, each with the token to come. Stage s has two: list 2 s
+is what waits for it, list 2 s + 1 what it computes."""
 _TURNS, _ARRIVED, _HEAD, _LATE_FIRST, _LATE_TOKENS, _LATE_EITHER = range(6)
-"""Counters: steps scheduled, requests arrived, requests taken by the first stage, and late ones."""
+"""Counters: events scheduled, requests arrived, requests taken by the first stage, and late ones."""
 
 
 class StepTime(NamedTuple):
@@ -67,7 +67,14 @@ class Goal(NamedTuple):
 
 @njit(cache=True, nogil=True)
 def run(
-    arrivals_ms: Floats, prompts: Ints, outputs: Ints, late: Flags, step: StepTime, prefills: bool, decodes: bool, goal: Goal
+    arrivals_ms: Floats,
+    prompts: Ints,
+    outputs: Ints,
+    late: Flags,
+    step: StepTime,
+    prefills: bool,
+    decodes: bool,
+    goal: Goal,
 ) -> tuple[Floats, Floats, bool]:
     """Simulates all requests.
 
@@ -108,7 +115,16 @@ def run(
         stages[stage, _DONE] += doing == _PREFILL
         if doing == _PREFILL and last:
             _end_prompts(
-                lists, requests, batch_ends, counters, stages[stage, _DONE] - 1, now_ms, arrivals_ms, first_ms, decodes, goal
+                lists,
+                requests,
+                batch_ends,
+                counters,
+                stages[stage, _DONE] - 1,
+                now_ms,
+                arrivals_ms,
+                first_ms,
+                decodes,
+                goal,
             )
         elif doing == _DECODE and last:
             _count_tokens(lists, requests, counters, first_ms, done_ms, outputs, now_ms, goal)
@@ -244,13 +260,20 @@ def _take_sequences(lists: Ints, requests: Ints, stage: int, step: StepTime) -> 
         _push(lists, batch, requests, request)
     count, tokens = lists[batch, _COUNT], lists[batch, _TOKENS]
     constant, per_token, per_sequence = step.decode_small if count < step.large_from else step.decode_large
-    took_ms = (constant + per_token * tokens + per_sequence * count) / step.stages
+    took_ms: float = (constant + per_token * tokens + per_sequence * count) / step.stages
     return took_ms + step.first_stage[0] + step.first_stage[1] * (tokens - count) if stage == 0 else took_ms
 
 
 @njit(cache=True, nogil=True)
 def _count_tokens(
-    lists: Ints, requests: Ints, counters: Ints, first_ms: Floats, done_ms: Floats, outputs: Ints, now_ms: float, goal: Goal
+    lists: Ints,
+    requests: Ints,
+    counters: Ints,
+    first_ms: Floats,
+    done_ms: Floats,
+    outputs: Ints,
+    now_ms: float,
+    goal: Goal,
 ) -> None:
     """After the last stage every sequence of its batch has one token more; those that are complete leave."""
     batch = len(lists) - 1

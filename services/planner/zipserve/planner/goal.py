@@ -28,7 +28,9 @@ class Slo:
     def __post_init__(self) -> None:
         for name, value in (("ttft", self.ttft_ms), ("tpot", self.tpot_ms)):
             if not value > 0:
-                raise InvalidRequestError(f"the limit on {name.upper()} is {value:g} ms, not above 0", field=f"slo_{name}")
+                raise InvalidRequestError(
+                    f"the limit on {name.upper()} is {value:g} ms, not above 0", field=f"slo_{name}"
+                )
         if not 0 < self.attainment <= 1:
             raise InvalidRequestError(f"an attainment of {self.attainment:g} is not in (0, 1]", field="attainment")
 

@@ -1,7 +1,7 @@
 """How long steps take on a kind of device, and what an instance of a model holds, as a profile file says. Pure."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,9 @@ class ModelProfile:
         latency = self.latencies.get((constants, tensor))
         if latency is None:
             known = ", ".join(str(t) for c, t in sorted(self.latencies) if c == constants) or "none"
-            raise InvalidRequestError(f"{shape}: no step times for tensor {tensor}; there are: {known}", field="profile")
+            raise InvalidRequestError(
+                f"{shape}: no step times for tensor {tensor}; there are: {known}", field="profile"
+            )
         held = self.prefill_tokens_max.get((tensor, pipeline))
         if held is None:
             raise InvalidRequestError(f"{shape}: no KV capacity, so the weights do not fit", field="profile")
@@ -119,7 +121,9 @@ class Profile:
         known = ", ".join(self.models)
         if name is None:
             if len(self.models) != 1:
-                raise InvalidRequestError(f"the profile has {len(self.models)} models, name one: {known}", field="model")
+                raise InvalidRequestError(
+                    f"the profile has {len(self.models)} models, name one: {known}", field="model"
+                )
             return next(iter(self.models.values()))
         if name not in self.models:
             raise InvalidRequestError(f"the profile has no model {name!r}; there are: {known}", field="model")
@@ -140,7 +144,7 @@ def parse_profile(document: object, device: str) -> Profile:
     shapes = root.child("layers_heads")
     constants = root.child("profiles")
     capacities = root.child("max_num_tokens")
-    names = list(dict.fromkeys(name for kind in constants.keys() for name in constants.child(kind).keys()))
+    names = list(dict.fromkeys(name for kind in constants for name in constants.child(kind)))
     if not names:
         raise InvalidRequestError("profile.profiles: it has no model", field="profile")
     given = root.value.get("device", device)
@@ -156,8 +160,8 @@ class _Node:
         self.place = place
         self.value: Mapping[str, Any] = value
 
-    def keys(self) -> list[str]:
-        return list(self.value)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.value)
 
     def get(self, key: str) -> Any:
         if key not in self.value:
@@ -192,14 +196,14 @@ def _model(name: str, shapes: _Node, constants: _Node, capacities: _Node) -> Mod
     layers, heads = shapes.numbers(name, 2)
     place = f"{shapes.place}.{name}"
     latencies = {}
-    for kind in constants.keys():
+    for kind in constants:
         models = constants.child(kind)
         by_tensor = models.child(name) if name in models.value else _Node(models.place, {})
-        for tensor in by_tensor.keys():
+        for tensor in by_tensor:
             latencies[kind, _parallelism(tensor, by_tensor.place)] = _latency(by_tensor.child(tensor))
     held = capacities.child(name)
     tokens = {}
-    for key in held.keys():
+    for key in held:
         tensor, _, pipeline = key.partition(",")
         pair = _parallelism(tensor, f"{held.place}.{key}"), _parallelism(pipeline, f"{held.place}.{key}")
         tokens[pair] = held.whole(key)

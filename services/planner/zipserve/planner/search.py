@@ -5,7 +5,6 @@ Source: DistServe (OSDI'24), Algorithms 1 and 2.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,9 +13,8 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.bounds import ceiling, tpot_floor_ms, ttft_floor_ms
 from zipserve.planner.goal import Slo
 from zipserve.planner.goodput import highest_rate
-from zipserve.planner.latency import ModelProfile
 from zipserve.planner.simulation import Placement, passes
-from zipserve.planner.space import Devices, Shape, Space, phase
+from zipserve.planner.space import Devices, Shape, Space
 from zipserve.planner.workload import Workload
 
 _IDLE_RATE = 1e-9
@@ -70,7 +68,7 @@ def rank(space: Space, workload: Workload, slo: Slo, rate_max: float, *, prune: 
         if prune and _cannot_win(candidate, best):
             skipped.append(candidate)
             continue
-        found = replace(candidate, goodput=goodput(candidate.placement, workload, slo, rate_max))
+        found = replace(candidate, goodput=_goodput(candidate, workload, slo, rate_max))
         ranking.candidates.append(found)
         best = found if best is None else min(best, found, key=lambda one: one.rank)
     ranking.candidates.sort(key=lambda one: one.rank)
@@ -79,8 +77,9 @@ def rank(space: Space, workload: Workload, slo: Slo, rate_max: float, *, prune: 
 
 
 def goodput(placement: Placement, workload: Workload, slo: Slo, rate_max: float) -> float:
-    """Requests per second and device up to which a placement keeps its objectives."""
-    return highest_rate(lambda rate: passes(placement, workload, rate * placement.devices, slo), rate_max)
+    """Requests per second and device up to which a placement keeps its objectives, at most `rate_max`."""
+    bounded = Candidate(placement, ceiling(placement, workload, slo, rate_max), None)
+    return _goodput(bounded, workload, slo, rate_max)
 
 
 @dataclass(frozen=True)
@@ -113,45 +112,30 @@ def copies(candidate: Candidate, devices: Devices, rate: float | None) -> Deploy
     return _within(Deployment(((count, candidate.placement),), count * each), devices, rate)
 
 
-def any_placement(
-    model: ModelProfile, devices: Devices, workload: Workload, slo: Slo, rate_max: float, rate: float | None
-) -> tuple[Deployment, Ranking, Ranking]:
-    """Algorithm 1: the best instance of each phase by itself, as many copies of each as the rate needs.
+def copies_apart(prefill: Candidate, decode: Candidate, devices: Devices, rate: float | None) -> Deployment:
+    """Algorithm 1's last step: as many copies of the best instance of each phase as `rate` requests per second need.
 
     Args:
-        rate: requests per second to serve; None: what the devices serve with the best ratio.
-
-    Returns:
-        The deployment, and the rankings of prefill and decode instances.
+        rate: None: the ratio with which the devices serve the most requests each.
 
     Raises:
-        InvalidRequestError: no instance keeps its objective, or the devices do not suffice.
+        InvalidRequestError: the devices do not suffice.
     """
-    rankings = []
-    for prefill in (True, False):
-        limits = {"tpot_ms": math.inf} if prefill else {"ttft_ms": math.inf}
-        alone = replace(slo, **limits)  # type: ignore[arg-type]
-        space = phase(model, devices, workload, prefill=prefill)
-        ranking = rank(space, workload, alone, rate_max)
-        if ranking.best is None:
-            raise unreachable([space], workload, alone, rate_max)
-        rankings.append(ranking)
-    prefills, decodes = rankings
-    best = [one.best for one in rankings if one.best is not None]
+    best = prefill, decode
     each = [(one.goodput or 0.0) * one.placement.devices for one in best]
     sizes = [one.placement.devices for one in best]
     counts = [math.ceil(rate / served) for served in each] if rate is not None else _ratio(each, sizes, devices.total)
     served = min(count * one for count, one in zip(counts, each, strict=True))
     parts = tuple((count, one.placement) for count, one in zip(counts, best, strict=True))
-    return _within(Deployment(parts, served), devices, rate), prefills, decodes
+    return _within(Deployment(parts, served), devices, rate)
 
 
-def unreachable(spaces: Sequence[Space], workload: Workload, slo: Slo, rate_max: float) -> InvalidRequestError:
+def unreachable(space: Space, workload: Workload, slo: Slo, rate_max: float) -> InvalidRequestError:
     """The error that says which objective nothing meets, or why there is nothing that could."""
-    placements = [placement for space in spaces for placement in space.placements]
+    placements = space.placements
     if not placements:
-        reasons = [why for space in spaces for _, why in space.infeasible] or ["there are too few devices for any"]
-        return InvalidRequestError(f"no placement is feasible: {reasons[0]}", field="devices")
+        reasons = dict.fromkeys(why for _, why in space.infeasible) or ["there are too few devices for any"]
+        return InvalidRequestError(f"no placement is feasible: {'; '.join(reasons)}", field="devices")
     percentile = slo.attainment * 100
     for name, limit_ms, floors in (
         ("ttft", slo.ttft_ms, [ttft_floor_ms(p, workload, _IDLE_RATE) for p in placements]),
@@ -170,6 +154,15 @@ def unreachable(spaces: Sequence[Space], workload: Workload, slo: Slo, rate_max:
         f"even at {rate_max / 256:g} requests/s per device, the lowest rate tried; lower the highest one",
         field="rate_max",
     )
+
+
+def _goodput(candidate: Candidate, workload: Workload, slo: Slo, rate_max: float) -> float:
+    placement = candidate.placement
+
+    def keeps(rate: float) -> bool:
+        return rate <= candidate.ceiling and passes(placement, workload, rate * placement.devices, slo)
+
+    return highest_rate(keeps, rate_max)
 
 
 def _cannot_win(candidate: Candidate, best: Candidate | None) -> bool:
