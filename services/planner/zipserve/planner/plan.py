@@ -74,7 +74,7 @@ def _one_space(name: str, question: Question, plan: Plan) -> Deployment:
     space = _SPACES[name](q.model, q.devices, q.workload)
     ranking = plan.rankings[name] = rank(space, q.workload, q.slo, q.rate_max, prune=q.prune)
     if ranking.best is None:
-        raise unreachable(space, q.workload, q.slo, q.rate_max)
+        raise unreachable(ranking, q.slo)
     return copies(ranking.best, q.devices, q.rate)
 
 
@@ -85,6 +85,6 @@ def _apart(question: Question, plan: Plan) -> Deployment:
         space = phase(q.model, q.devices, q.workload, prefill=role == "prefill")
         ranking = plan.rankings[role] = rank(space, q.workload, slo, q.rate_max, prune=q.prune)
         if ranking.best is None:
-            raise unreachable(space, q.workload, slo, q.rate_max)
+            raise unreachable(ranking, slo)
         best.append(ranking.best)
     return copies_apart(best[0], best[1], q.devices, q.rate)

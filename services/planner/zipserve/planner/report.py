@@ -72,23 +72,26 @@ def _placement(placement: Placement) -> str:
 
 
 def _ranking(space: str, ranking: Ranking) -> Iterable[str]:
-    simulated = [candidate for candidate in ranking.candidates if candidate.goodput is not None]
-    pruned = len(ranking.candidates) - len(simulated)
+    pruned = sum(candidate.goodput is None for candidate in ranking.candidates)
+    failed = [candidate for candidate in ranking.candidates if candidate.why]
+    kept = [candidate for candidate in ranking.candidates if candidate.goodput]
     yield (
-        f"{space}: {len(simulated)} simulated, {pruned} left out by their bounds, {len(ranking.infeasible)} infeasible"
+        f"{space}: {len(kept)} keep the limits, {len(failed)} do not at any rate, {pruned} cannot win by their bounds, "
+        f"{len(ranking.infeasible)} are infeasible"
     )
     rows = [
         (_placement(one.placement), str(one.placement.devices), f"{one.goodput:.4g}", f"{one.ceiling:.4g}")
-        for one in simulated[:_ROWS]
+        for one in kept[:_ROWS]
     ]
     if rows:
         yield from _table(("placement", "devices", "goodput per device", "bound"), rows)
+    yield from (f"  no goodput: {_placement(one.placement)}: {one.why}" for one in failed[:_ROWS])
     reasons: dict[str, list[str]] = {}
     for shape, why in ranking.infeasible:
         reasons.setdefault(why, []).append("×".join(map(str, shape)))
-    yield from (
-        f"  infeasible: {why} ({len(shapes)} shapes: {', '.join(shapes[:3])}…)" for why, shapes in reasons.items()
-    )
+    for why, shapes in reasons.items():
+        more = ", …" if len(shapes) > 3 else ""
+        yield f"  infeasible: {why} ({', '.join(shapes[:3])}{more})"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
@@ -118,4 +121,5 @@ def _candidate_object(candidate: Candidate) -> dict[str, Any]:
         **_placement_object(candidate.placement),
         "goodput_per_device": candidate.goodput,
         "bound_per_device": candidate.ceiling,
+        "why": candidate.why,
     }

@@ -30,6 +30,11 @@ class Candidate:
     """Requests per second and device that it cannot exceed."""
     goodput: float | None
     """Requests per second and device; None: it was not simulated, because its ceiling is below the best one found."""
+    idle_ttft_ms: float = 0.0
+    """What the wanted share of the requests takes at least, with nothing else running."""
+    idle_tpot_ms: float = 0.0
+    why: str = ""
+    """If its goodput is 0: what stands against it."""
 
     @property
     def rank(self) -> tuple[float, int, Shape]:
@@ -59,16 +64,18 @@ def rank(space: Space, workload: Workload, slo: Slo, rate_max: float, *, prune: 
         rate_max: requests per second and device up to which is searched, in steps of a 256th.
         prune: leave out what cannot win. The best one is the same.
     """
-    order = [Candidate(p, ceiling(p, workload, slo, rate_max) if prune else rate_max, None) for p in space.placements]
+    order = [_candidate(placement, workload, slo, rate_max, bounded=prune) for placement in space.placements]
     order.sort(key=lambda candidate: (-candidate.ceiling, candidate.placement.devices, candidate.placement.shape))
     ranking = Ranking(infeasible=space.infeasible)
     skipped = []
     best: Candidate | None = None
     for candidate in order:
-        if prune and _cannot_win(candidate, best):
+        if prune and candidate.ceiling and _cannot_win(candidate, best):
             skipped.append(candidate)
             continue
         found = replace(candidate, goodput=_goodput(candidate, workload, slo, rate_max))
+        if not found.goodput:
+            found = replace(found, why=_why(found, slo, rate_max))
         ranking.candidates.append(found)
         best = found if best is None else min(best, found, key=lambda one: one.rank)
     ranking.candidates.sort(key=lambda one: one.rank)
@@ -78,8 +85,7 @@ def rank(space: Space, workload: Workload, slo: Slo, rate_max: float, *, prune: 
 
 def goodput(placement: Placement, workload: Workload, slo: Slo, rate_max: float) -> float:
     """Requests per second and device up to which a placement keeps its objectives, at most `rate_max`."""
-    bounded = Candidate(placement, ceiling(placement, workload, slo, rate_max), None)
-    return _goodput(bounded, workload, slo, rate_max)
+    return _goodput(_candidate(placement, workload, slo, rate_max, bounded=True), workload, slo, rate_max)
 
 
 @dataclass(frozen=True)
@@ -130,29 +136,45 @@ def copies_apart(prefill: Candidate, decode: Candidate, devices: Devices, rate: 
     return _within(Deployment(parts, served), devices, rate)
 
 
-def unreachable(space: Space, workload: Workload, slo: Slo, rate_max: float) -> InvalidRequestError:
+def unreachable(ranking: Ranking, slo: Slo) -> InvalidRequestError:
     """The error that says which objective nothing meets, or why there is nothing that could."""
-    placements = space.placements
-    if not placements:
-        reasons = dict.fromkeys(why for _, why in space.infeasible) or ["there are too few devices for any"]
+    if not ranking.candidates:
+        reasons = dict.fromkeys(why for _, why in ranking.infeasible) or ["there are too few devices for any"]
         return InvalidRequestError(f"no placement is feasible: {'; '.join(reasons)}", field="devices")
-    percentile = slo.attainment * 100
-    for name, limit_ms, floors in (
-        ("ttft", slo.ttft_ms, [ttft_floor_ms(p, workload, _IDLE_RATE) for p in placements]),
-        ("tpot", slo.tpot_ms, [tpot_floor_ms(p, workload) for p in placements]),
+    for name, limit_ms, least in (
+        ("ttft", slo.ttft_ms, min(ranking.candidates, key=lambda one: one.idle_ttft_ms)),
+        ("tpot", slo.tpot_ms, min(ranking.candidates, key=lambda one: one.idle_tpot_ms)),
     ):
-        least_ms = [float(np.percentile(floor, percentile)) for floor in floors]
-        best = int(np.argmin(least_ms))
-        if least_ms[best] >= limit_ms:
+        if getattr(least, f"idle_{name}_ms") >= limit_ms:
             return InvalidRequestError(
-                f"no placement meets {name.upper()} {limit_ms:g} ms: with nothing else running, the fastest "
-                f"{placements[best].shape} takes {least_ms[best]:.4g} ms for {percentile:g} % of the requests",
+                f"no placement meets {name.upper()} {limit_ms:g} ms; the fastest, {least.placement.shape}: {least.why}",
                 field=f"slo_{name}",
             )
-    return InvalidRequestError(
-        f"no placement keeps TTFT {slo.ttft_ms:g} ms and TPOT {slo.tpot_ms:g} ms for {percentile:g} % of the requests "
-        f"even at {rate_max / 256:g} requests/s per device, the lowest rate tried; lower the highest one",
-        field="rate_max",
+    best = ranking.candidates[0]
+    return InvalidRequestError(f"no placement keeps the limits; {best.placement.shape}: {best.why}", field="rate_max")
+
+
+def _candidate(placement: Placement, workload: Workload, slo: Slo, rate_max: float, *, bounded: bool) -> Candidate:
+    percentile = slo.attainment * 100
+    return Candidate(
+        placement,
+        ceiling(placement, workload, slo, rate_max) if bounded else rate_max,
+        None,
+        float(np.percentile(ttft_floor_ms(placement, workload, _IDLE_RATE), percentile)),
+        float(np.percentile(tpot_floor_ms(placement, workload), percentile)),
+    )
+
+
+def _why(candidate: Candidate, slo: Slo, rate_max: float) -> str:
+    share = f"{slo.attainment * 100:g} % of the requests"
+    for name, limit_ms, idle_ms in (
+        ("TTFT", slo.ttft_ms, candidate.idle_ttft_ms),
+        ("TPOT", slo.tpot_ms, candidate.idle_tpot_ms),
+    ):
+        if idle_ms >= limit_ms:
+            return f"with nothing else running {share} have a {name} of {idle_ms:.4g} ms, the limit is {limit_ms:g} ms"
+    return (
+        f"fewer than {share} keep the limits, even at the lowest rates tried, from {rate_max / 256:g}/s per device on"
     )
 
 
