@@ -199,13 +199,14 @@ def _model(name: str, shapes: _Node, constants: _Node, capacities: _Node) -> Mod
     for kind in constants:
         models = constants.child(kind)
         by_tensor = models.child(name) if name in models.value else _Node(models.place, {})
-        for tensor in by_tensor:
-            latencies[kind, _parallelism(tensor, by_tensor.place)] = _latency(by_tensor.child(tensor))
+        for key in by_tensor:
+            tensor = _parallelism(key, by_tensor.place)
+            latencies[kind, tensor] = _latency(by_tensor.child(key))
     held = capacities.child(name)
     tokens = {}
     for key in held:
-        tensor, _, pipeline = key.partition(",")
-        pair = _parallelism(tensor, f"{held.place}.{key}"), _parallelism(pipeline, f"{held.place}.{key}")
+        first, _, second = key.partition(",")
+        pair = _parallelism(first, f"{held.place}.{key}"), _parallelism(second, f"{held.place}.{key}")
         tokens[pair] = held.whole(key)
     return ModelProfile(name, whole(int(layers), place), whole(int(heads), place), latencies, tokens)
 

@@ -80,11 +80,10 @@ def _one_space(name: str, question: Question, plan: Plan) -> Deployment:
 
 def _apart(question: Question, plan: Plan) -> Deployment:
     q = question
-    best = []
     for role, slo in (("prefill", replace(q.slo, tpot_ms=math.inf)), ("decode", replace(q.slo, ttft_ms=math.inf))):
         space = phase(q.model, q.devices, q.workload, prefill=role == "prefill")
-        ranking = plan.rankings[role] = rank(space, q.workload, slo, q.rate_max, prune=q.prune)
+        # which instances go together depends on how many fit, so that none of them is left out
+        ranking = plan.rankings[role] = rank(space, q.workload, slo, q.rate_max, prune=q.prune and q.rate is not None)
         if ranking.best is None:
             raise unreachable(ranking, slo)
-        best.append(ranking.best)
-    return copies_apart(best[0], best[1], q.devices, q.rate)
+    return copies_apart(plan.rankings["prefill"], plan.rankings["decode"], q.devices, q.rate)

@@ -6,6 +6,7 @@ Source: DistServe (OSDI'24), Algorithms 1 and 2.
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,22 +119,31 @@ def copies(candidate: Candidate, devices: Devices, rate: float | None) -> Deploy
     return _within(Deployment(((count, candidate.placement),), count * each), devices, rate)
 
 
-def copies_apart(prefill: Candidate, decode: Candidate, devices: Devices, rate: float | None) -> Deployment:
+def copies_apart(prefills: Ranking, decodes: Ranking, devices: Devices, rate: float | None) -> Deployment:
     """Algorithm 1's last step: as many copies of the best instance of each phase as `rate` requests per second need.
 
     Args:
-        rate: None: the ratio with which the devices serve the most requests each.
+        rate: None: of all instances and ratios that the devices hold, those that serve the most requests per device.
 
     Raises:
         InvalidRequestError: the devices do not suffice.
     """
-    best = prefill, decode
-    each = [(one.goodput or 0.0) * one.placement.devices for one in best]
-    sizes = [one.placement.devices for one in best]
-    counts = [math.ceil(rate / served) for served in each] if rate is not None else _ratio(each, sizes, devices.total)
-    served = min(count * one for count, one in zip(counts, each, strict=True))
-    parts = tuple((count, one.placement) for count, one in zip(counts, best, strict=True))
-    return _within(Deployment(parts, served), devices, rate)
+    if rate is not None:
+        best = [_Phase.of(ranking.candidates[0]) for ranking in (prefills, decodes)]
+        return _within(_together(*((math.ceil(rate / one.rate), one) for one in best)), devices, rate)
+    found = [
+        _together((prefill_count, prefill), (decode_count, decode))
+        for prefill in map(_Phase.of, prefills.candidates)
+        for decode in map(_Phase.of, decodes.candidates)
+        for prefill_count in range(1, devices.total // prefill.size + 1)
+        for decode_count in range(1, (devices.total - prefill_count * prefill.size) // decode.size + 1)
+    ]
+    if not found:
+        raise InvalidRequestError(
+            f"a prefill and a decode instance need more than the {devices.total} devices that are there",
+            field="devices",
+        )
+    return max(found, key=lambda deployment: (deployment.goodput, -deployment.devices))
 
 
 def unreachable(ranking: Ranking, slo: Slo) -> InvalidRequestError:
@@ -193,24 +203,24 @@ def _cannot_win(candidate: Candidate, best: Candidate | None) -> bool:
     return replace(candidate, goodput=candidate.ceiling).rank > best.rank
 
 
-def _ratio(each: list[float], sizes: list[int], total: int) -> list[int]:
-    """Copies of both phases that serve the most requests per device."""
-    options = [
-        [prefills, decodes]
-        for prefills in range(1, total // sizes[0] + 1)
-        for decodes in range(1, (total - prefills * sizes[0]) // sizes[1] + 1)
-    ]
-    if not options:
-        raise InvalidRequestError(
-            f"the best prefill and decode instances need {sizes[0]} + {sizes[1]} devices, {total} are there",
-            field="devices",
-        )
+class _Phase(NamedTuple):
+    """An instance of one phase."""
 
-    def per_device(counts: list[int]) -> float:
-        served = min(count * one for count, one in zip(counts, each, strict=True))
-        return served / sum(count * size for count, size in zip(counts, sizes, strict=True))
+    placement: Placement
+    size: int
+    """Devices."""
+    rate: float
+    """Requests per second that it serves."""
 
-    return max(options, key=per_device)
+    @classmethod
+    def of(cls, candidate: Candidate) -> "_Phase":
+        size = candidate.placement.devices
+        return cls(candidate.placement, size, (candidate.goodput or 0.0) * size)
+
+
+def _together(*parts: tuple[int, _Phase]) -> Deployment:
+    rate = min(count * phase.rate for count, phase in parts)
+    return Deployment(tuple((count, phase.placement) for count, phase in parts), rate)
 
 
 def _within(deployment: Deployment, devices: Devices, rate: float | None) -> Deployment:
