@@ -30,9 +30,9 @@ def test_a_profile_knows_its_device_and_instances() -> None:
     profile = read_profile(cases.PROFILE_PATH)
     assert profile.device == "a100"
     assert parse_profile({**DOCUMENT, "device": "a100-sxm"}, "x").device == "a100-sxm"
-    instance = profile.model("facebook/opt-13b").instance(DISAGGREGATED, 1, 1)
-    assert instance.devices == 1
-    assert instance.prompt_ms(100) == pytest.approx(31.374994844993616)
+    instance = profile.model("facebook/opt-13b").instance(DISAGGREGATED, 2, 4)
+    assert instance.devices == 8
+    assert (instance.step.stages, instance.step.prefill_tokens_max) == (4, 744_224)
 
 
 @pytest.mark.parametrize(

@@ -30,22 +30,6 @@ class Instance:
         """How many it occupies."""
         return self.tensor * self.pipeline
 
-    def prompt_ms(self, tokens: int) -> float:
-        """From arrival to first token, when nothing else is there."""
-        constant, per_token, per_square = self.step.prefill
-        first_constant, first_per_token = self.step.first_stage
-        stages_ms = constant + per_token * tokens + per_square * tokens**2 + self.pipeline * self.step.prefill_hop
-        return stages_ms + first_constant + first_per_token * tokens
-
-    def token_ms(self, prompt: int, output: int) -> float:
-        """Mean time per token of a sequence that is decoded alone."""
-        constant, per_token, per_sequence = (
-            self.step.decode_small if self.step.large_from > 1 else self.step.decode_large
-        )
-        context = prompt + (output - 1) / 2
-        first_constant, first_per_token = self.step.first_stage
-        return constant + per_token * (context + 1) + per_sequence + first_constant + first_per_token * context
-
 
 @dataclass(frozen=True)
 class Latency:
@@ -178,10 +162,10 @@ class _Node:
         return tuple(float(number) for number in value)
 
     def whole(self, key: str) -> int:
-        return whole(self.get(key), f"{self.place}.{key}")
+        return _whole(self.get(key), f"{self.place}.{key}")
 
 
-def whole(value: object, place: str) -> int:
+def _whole(value: object, place: str) -> int:
     """A whole number from 1 on, or an error that says where it stands."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InvalidRequestError(f"{place}: {value!r} is no whole number from 1 on", field="profile")
@@ -193,7 +177,7 @@ def _is_number(value: object) -> bool:
 
 
 def _model(name: str, shapes: _Node, constants: _Node, capacities: _Node) -> ModelProfile:
-    layers, heads = shapes.numbers(name, 2)
+    layers, heads = map(int, shapes.numbers(name, 2))
     place = f"{shapes.place}.{name}"
     latencies = {}
     for kind in constants:
@@ -208,7 +192,7 @@ def _model(name: str, shapes: _Node, constants: _Node, capacities: _Node) -> Mod
         first, _, second = key.partition(",")
         pair = _parallelism(first, f"{held.place}.{key}"), _parallelism(second, f"{held.place}.{key}")
         tokens[pair] = held.whole(key)
-    return ModelProfile(name, whole(int(layers), place), whole(int(heads), place), latencies, tokens)
+    return ModelProfile(name, _whole(layers, place), _whole(heads, place), latencies, tokens)
 
 
 def _parallelism(text: str, place: str) -> int:

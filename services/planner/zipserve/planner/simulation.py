@@ -65,9 +65,8 @@ def simulate(placement: Placement, workload: Workload, rate: float) -> Outcome:
     Raises:
         InvalidRequestError: a request can never be served, see `refusal`.
     """
-    for why in [refusal(placement, workload)]:
-        if why:
-            raise InvalidRequestError(why, field="trace")
+    if why := refusal(placement, workload):
+        raise InvalidRequestError(why, field="trace")
     return _run(placement, workload, rate, unlimited(len(workload)))[0]
 
 
