@@ -7,6 +7,7 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.goal import Slo
 from zipserve.planner.latency import ModelProfile
 from zipserve.planner.search import Deployment, Ranking, copies, copies_apart, rank, unreachable
+from zipserve.planner.simulation import simulate_copies
 from zipserve.planner.space import Devices, colocated, paired, pairs, phase
 from zipserve.planner.workload import Workload
 
@@ -86,4 +87,10 @@ def _apart(question: Question, plan: Plan) -> Deployment:
         ranking = plan.rankings[role] = rank(space, q.workload, slo, q.rate_max, prune=q.prune and q.rate is not None)
         if ranking.best is None:
             raise unreachable(ranking, slo)
-    return copies_apart(plan.rankings["prefill"], plan.rankings["decode"], q.devices, q.rate)
+    found = copies_apart(plan.rankings["prefill"], plan.rankings["decode"], q.devices, q.rate)
+    (prefills, first), (decodes, second) = found.parts
+    assert first.prefill is not None
+    assert second.decode is not None
+    rate = found.rate if q.rate is None else q.rate
+    together = simulate_copies(first.prefill, prefills, second.decode, decodes, q.workload, rate)
+    return replace(found, attained=q.slo.attained(together.ttft_ms, together.tpot_ms))

@@ -58,10 +58,10 @@ def as_object(plan: Plan, question: Question) -> dict[str, Any]:
 
 def _deployment(deployment: Deployment) -> str:
     parts = " and ".join(f"{count} × {_placement(placement)}" for count, placement in deployment.parts)
-    return (
-        f"{parts}: {deployment.rate:.4g} requests/s on {deployment.devices} devices, "
-        f"{deployment.goodput:.4g} per device"
-    )
+    served = f"{deployment.rate:.4g} requests/s on {deployment.devices} devices, {deployment.goodput:.4g} per device"
+    if deployment.attained is None:
+        return f"{parts}: {served}"
+    return f"{parts}: {served}; taking turns, {deployment.attained * 100:.3g} % of the requests keep both limits"
 
 
 def _placement(placement: Placement) -> str:
@@ -113,6 +113,7 @@ def _deployment_object(deployment: Deployment) -> dict[str, Any]:
         "devices": deployment.devices,
         "requests_per_s": deployment.rate,
         "goodput_per_device": deployment.goodput,
+        "attained_together": deployment.attained,
     }
 
 

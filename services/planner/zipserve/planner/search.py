@@ -96,6 +96,9 @@ class Deployment:
     parts: tuple[tuple[int, Placement], ...]
     rate: float
     """Requests per second that it can serve within the objectives."""
+    attained: float | None = None
+    """Share of the requests that keep both limits at the wanted rate, or else at that one, where phases were searched
+    apart and then simulated together; None: they were searched together."""
 
     @property
     def devices(self) -> int:

@@ -70,6 +70,37 @@ def simulate(placement: Placement, workload: Workload, rate: float) -> Outcome:
     return _run(placement, workload, rate, unlimited(len(workload)))[0]
 
 
+def simulate_copies(
+    prefill: Instance, prefills: int, decode: Instance, decodes: int, workload: Workload, rate: float
+) -> Outcome:
+    """All times when copies of a prefill instance take turns, and those of a decode instance after them.
+
+    Args:
+        rate: requests per second of all together.
+
+    Raises:
+        InvalidRequestError: a request can never be served, see `refusal`.
+    """
+    if why := refusal(Placement(prefill, decode), workload):
+        raise InvalidRequestError(why, field="trace")
+    arrivals_ms = workload.arrivals_ms(rate)
+    first_ms, done_ms = np.empty_like(arrivals_ms), np.empty_like(arrivals_ms)
+    in_time = np.zeros(len(workload), np.bool_)
+    goal = unlimited(len(workload))
+    for copy in range(prefills):
+        own = slice(copy, None, prefills)
+        lengths = workload.prompts[own].copy(), workload.outputs[own].copy()
+        first_ms[own] = chain.run(
+            arrivals_ms[own].copy(), *lengths, in_time[own].copy(), prefill.step, True, False, goal
+        )[0]
+    order = np.argsort(first_ms, kind="stable")
+    for copy in range(decodes):
+        of = order[copy::decodes]
+        lengths = workload.prompts[of], workload.outputs[of]
+        done_ms[of] = chain.run(first_ms[of], *lengths, in_time[of], decode.step, False, True, goal)[1]
+    return _outcome(arrivals_ms, first_ms, done_ms, workload)
+
+
 def passes(placement: Placement, workload: Workload, rate: float, slo: Slo) -> bool:
     """Whether a placement keeps its objectives at `rate` requests per second; gives up as soon as it cannot."""
     outcome, complete = _run(placement, workload, rate, slo.goal(len(workload)))
