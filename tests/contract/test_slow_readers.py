@@ -33,9 +33,16 @@ NARROW = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024), ("g
 
 @pytest.fixture
 async def fast(stack: AsyncExitStack, tmp_path: Path, redis_url: str) -> tuple[Cluster, Peer]:
+    """See `build_fast`."""
+    return await build_fast(stack, tmp_path, redis_url, SLOW_READER_S)
+
+
+async def build_fast(
+    stack: AsyncExitStack, tmp_path: Path, redis_url: str, slow_reader_s: float
+) -> tuple[Cluster, Peer]:
     """A router and workers that make far more tokens than any buffer between them and the client holds."""
     model = resolve(str(router_model.write(tmp_path / "long", context_tokens=1 << 24)))
-    limits = {"completion_tokens_max": LONG, "queue_tokens_max": 1 << 30, "slow_reader_s": SLOW_READER_S}
+    limits = {"completion_tokens_max": LONG, "queue_tokens_max": 1 << 30, "slow_reader_s": slow_reader_s}
     cluster = await build(stack, model, redis_url, **limits)
     await cluster.add("p0", context_tokens=1 << 24)
     return cluster, await cluster.add("d0", context_tokens=1 << 24, tokens_per_event=4000)
@@ -90,11 +97,8 @@ async def test_who_reads_slowly_but_reads(fast: tuple[Cluster, Peer], stack: Asy
     assert not decode.cancelled.is_set()
 
 
-async def test_others_go_on_meanwhile(
-    fast: tuple[Cluster, Peer], stack: AsyncExitStack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster, _ = fast
-    monkeypatch.setattr(cluster.frontend._settings, "slow_reader_s", 60.0)
+async def test_others_go_on_meanwhile(stack: AsyncExitStack, tmp_path: Path, redis_url: str) -> None:
+    cluster, _ = await build_fast(stack, tmp_path, redis_url, slow_reader_s=60.0)
     calls = [await stalled(cluster.address, stack, request([3] * 10, LONG)) for _ in range(3)]
     for _ in range(3):
         assert len((await answer(cluster.generate(stop=StopConditions(max_tokens=9)))).token_ids) == 9
