@@ -41,7 +41,7 @@ class Size:
     """Those of them after which it is looked at first."""
 
 
-QUICK = Size(requests=100, streams=32, stream_tokens=500, lives=200, lives_before=100)
+QUICK = Size(requests=50, streams=8, stream_tokens=200, lives=200, lives_before=100)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ async def throughput(address: str, router: Usage, size: Size) -> Throughput:
         InternalError: a stream lacks tokens.
     """
     request = GenerateRequest(
-        token_ids=TokenIds(ids=[1000] * 16),
+        token_ids=TokenIds(ids=[100] * 16),
         sampling=SamplingParams(temperature=0.0),
         stop=StopConditions(max_tokens=size.stream_tokens, ignore_eos=True),
     ).SerializeToString()
