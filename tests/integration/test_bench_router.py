@@ -21,10 +21,12 @@ def test_all_parts(tmp_path: Path) -> None:
     assert [check["name"] for check in found["checks"]] == [
         "added to the first token, p50 [ms]",
         "added to the first token, p99 [ms]",
-        "streamed tokens/s",
-        "streamed tokens per second of the router's CPU",
+        "tokens/s (gRPC)",
+        "tokens per second of its CPU (gRPC)",
+        "tokens/s (HTTP)",
+        "tokens per second of its CPU (HTTP)",
         "growth of memory",
     ]
     assert 0 < found["latency"]["p50_s"] < found["latency"]["p99_s"]
-    assert found["throughput"]["tokens_per_s"] > 100
+    assert min(found["throughput"]["tokens_per_s"], found["http"]["tokens_per_s"]) > 100
     assert found["memory"]["after"] > 0
