@@ -2,9 +2,9 @@
 
 import asyncio
 import re
+import sys
 import textwrap
-from contextlib import AsyncExitStack, redirect_stdout
-from io import StringIO
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -29,16 +29,12 @@ async def test_the_readme(cluster: Cluster) -> None:
     await cluster.add("d0")
     (example,) = re.findall(r"\n\n(    from zipserve\.client import .*?)\n\n\S", README.read_text(), re.DOTALL)
     code = textwrap.dedent(example).replace("127.0.0.1:50051", cluster.address)
-    shown = StringIO()
-
-    def run() -> None:
-        with redirect_stdout(shown):
-            exec(compile(code, str(README), "exec"), {})
-
-    await asyncio.to_thread(run)
+    command = (sys.executable, "-P", "-c", code)
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    shown, _ = await process.communicate()
     chat_tokens = len("Write a haiku.") + len("user:") + len("assistant:") + 3
     text_tokens = len("Once upon a time")
-    assert shown.getvalue() == text_at(chat_tokens, 64) + "\n" + text_at(text_tokens, 64)
+    assert shown.decode() == text_at(chat_tokens, 64) + "\n" + text_at(text_tokens, 64)
 
 
 async def test_every_call(cluster: Cluster) -> None:

@@ -98,7 +98,8 @@ async def test_what_ends_the_call_ends_every_hop(alone: Cluster, ends: str) -> N
         if position == 14:
             await asyncio.Event().wait()
 
-    prefill, decode = await alone.add("p0"), await alone.add("d0", at_token=never_after)
+    await alone.add("p0")
+    decode = await alone.add("d0", at_token=never_after)
     timeout = 0.5 if ends == "deadline" else 20
     call = asyncio.ensure_future(alone.complete(stop=StopConditions(max_tokens=400), timeout=timeout))
     await until(lambda: decode.position >= 12, "decode goes on from the handle")
@@ -113,7 +114,6 @@ async def test_what_ends_the_call_ends_every_hop(alone: Cluster, ends: str) -> N
     async with asyncio.timeout(5):
         await decode.cancelled.wait()
     await alone.at_rest()
-    assert prefill.released == [], "the decode worker that has taken the handle over releases it"
 
 
 async def test_an_answer_too_large_for_a_message_ends_early(

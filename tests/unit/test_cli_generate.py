@@ -4,8 +4,11 @@ import io
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import grpc
 import pytest
+import trustme
 
 from inference_server import FINISHED, STARTED, WHOLE, FakeInference, delta, serving
 from zipserve.cli.__main__ import main
@@ -138,6 +141,29 @@ def test_log_probabilities_as_json(fake: FakeInference, address: str, capsys: py
     answer = json.loads(capsys.readouterr().out)
     told = {"logprob": -0.5, "top": [{"token_id": 7, "logprob": -0.25}, {"token_id": 9, "logprob": -0.5}]}
     assert (answer["logprobs"], answer["prompt_logprobs"]) == ([told], [told, {"logprob": -2, "top": []}])
+
+
+def test_a_key_and_tls(fake: FakeInference, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    (tmp_path / "key").write_text("zs-secret\n")
+    pair = (certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())
+    with serving(fake, grpc.ssl_server_credentials([pair])) as address:
+        options = [
+            "--address",
+            address,
+            "--tls-roots",
+            str(tmp_path / "ca.pem"),
+            "--api-key-file",
+            str(tmp_path / "key"),
+        ]
+        assert main(["generate", "x", *options]) == 0
+        assert main(["generate", "x", "--address", address, "--tls"]) == 1
+    assert capsys.readouterr().out == "Paris.\n"
+    assert fake.metadata[0]["authorization"] == "Bearer zs-secret"
+    with pytest.raises(SystemExit, match="No such file"):
+        main(["generate", "x", "--tls-roots", str(tmp_path / "none.pem")])
 
 
 def test_generate_reads_stdin(fake: FakeInference, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,14 +131,14 @@ def test_the_pause_follows_the_load() -> None:
     pace = Pace(now=lambda: now_s, computed=lambda: computed_s)
     found = []
     for share in (0.0, 0.75, 0.85, 0.95, 4.0, 0.5):
-        now_s += 0.1
-        computed_s += 0.1 * share
+        now_s += 0.125
+        computed_s += 0.125 * share
         found.append(pace.pause_s())
-        now_s += 0.05
+        now_s += 0.0625
         computed_s += 100.0
         assert pace.pause_s() == found[-1], "too early for another look"
-        computed_s -= 100.0 - 0.05 * share
-        now_s += 0.05
-        computed_s += 0.05 * share
+        computed_s -= 100.0 - 0.0625 * share
+        now_s += 0.0625
+        computed_s += 0.0625 * share
         pace.pause_s()
     assert found == pytest.approx([0.0, 0.0, PAUSE_MAX_S / 2, PAUSE_MAX_S, PAUSE_MAX_S, 0.0], abs=1e-9)

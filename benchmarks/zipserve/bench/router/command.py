@@ -14,7 +14,7 @@ from zipserve.bench.router.measure import Latency, Memory, Size, Throughput
 from zipserve.bench.router.rig import Cores, Rig, on
 from zipserve.common import models
 
-PARTS = ("latency", "throughput", "memory")
+PARTS = ("latency", "throughput", "http", "memory")
 _TEXT = " The quick brown fox jumps over the lazy dog, and nobody minds: c'est déjà vu — 日本語 too."
 
 
@@ -24,8 +24,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", default=models.DEFAULT_MODEL, help="whose tokenizer is used (default: SmolLM2)")
     options.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
-        help="latency: what it adds to the first token at 50 requests per second; throughput: tokens per second of "
-        "many streams; memory: growth over 20,000 requests (default: all)",
+        help="latency: what it adds to the first token at 50 requests per second; throughput and http: tokens "
+        "per second of many streams, over gRPC and as server-sent events; memory: growth over 20,000 requests "
+        "(default: all)",
     )  # fmt: skip
     options.add_argument("--profile", type=Path, metavar="FILE", help="leave the router's profile (cProfile) there")
     return options
@@ -40,14 +41,15 @@ def run(options: argparse.Namespace) -> int:
     details: dict[str, object] = {"size": asdict(size), "cores": {k: sorted(v) for k, v in vars(cores).items()}}
     with on(cores.others), Rig(files, token_ids, cores, options.profile) as rig:
         for part in options.parts:
-            found = asyncio.run(getattr(measure, part)(rig.address, rig.router, size))
+            found = asyncio.run(getattr(measure, part)(rig, size))
             report.progress(f"{part}: {found}")
             details[part] = asdict(found)
-            checks += _bars(found, decides=not options.quick)
+            checks += _bars(part, found, decides=not options.quick)
     return report.finish("router", checks, device=report.cpu(1), as_json=options.json, **details)
 
 
-def _bars(found: Latency | Throughput | Memory, *, decides: bool) -> list[Check]:
+def _bars(part: str, found: Latency | Throughput | Memory, *, decides: bool) -> list[Check]:
+    names = {"throughput": "gRPC", "http": "HTTP"}
     match found:
         case Latency():
             return [
@@ -56,8 +58,8 @@ def _bars(found: Latency | Throughput | Memory, *, decides: bool) -> list[Check]
             ]
         case Throughput():
             return [
-                Check("streamed tokens/s", found.tokens_per_s, ">=", 5_000, decides),
-                Check("streamed tokens per second of the router's CPU", found.tokens_per_cpu_s, ">=", 5_000, False),
+                Check(f"tokens/s ({names[part]})", found.tokens_per_s, ">=", 5_000, decides),
+                Check(f"tokens per second of its CPU ({names[part]})", found.tokens_per_cpu_s, ">=", 5_000, False),
             ]
         case Memory():
             return [Check("growth of memory", found.growth, "<=", 0.1, decides)]

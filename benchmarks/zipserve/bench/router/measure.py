@@ -1,14 +1,16 @@
 """Loads for a router before stub workers, and what they show."""
 
 import asyncio
+import json
 import random
 import time
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
-from zipserve.bench.router.rig import Usage
+from zipserve.bench.router.rig import Rig, Usage
 from zipserve.bench.serve import arrivals as schedule
 from zipserve.bench.serve.arrivals import Arrival
 from zipserve.bench.serve.drive import drive, warm_up
@@ -21,6 +23,9 @@ from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions
 
 _GENERATE = "/zipserve.v1.InferenceService/Generate"
 _TIMEOUT_S = 300.0
+_PROMPT = [100] * 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Size:
     """Those of them after which it is looked at first."""
 
 
-QUICK = Size(requests=100, streams=32, stream_tokens=500, lives=200, lives_before=100)
+QUICK = Size(requests=50, streams=8, stream_tokens=200, lives=200, lives_before=100)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ class Latency:
     """Of the router, for one request."""
 
 
-async def latency(address: str, router: Usage, size: Size) -> Latency:
+async def latency(rig: Rig, size: Size) -> Latency:
     """An open loop of text prompts. What the stub says to have taken for the prompt is not the router's.
 
     Raises:
@@ -66,12 +71,12 @@ async def latency(address: str, router: Usage, size: Size) -> Latency:
     at = schedule.times("poisson", size.rate, randomness)
     due = [Arrival(next(at), size.prompt_words, size.answer_tokens) for _ in range(size.requests)]
     prompts = [" ".join(f"word{randomness.randrange(1000)}" for _ in range(a.prompt_tokens)) for a in due]
-    async with AsyncClient(address) as client:
+    async with AsyncClient(rig.address) as client:
         ask = GrpcEndpoint(client, _TIMEOUT_S).ask
         await warm_up(ask, due[:50], [*prompts[:50]])
-        before_s = router.cpu_s()
+        before_s = rig.router.cpu_s()
         records = await drive(ask, due, [*prompts])
-        cpu_s = router.cpu_s() - before_s
+        cpu_s = rig.router.cpu_s() - before_s
     failed = [record.error for record in records if record.error or record.tokens != size.answer_tokens]
     if failed:
         raise InternalError(f"{len(failed)} of {len(records)} requests failed: {failed[0]!r}")
@@ -90,31 +95,70 @@ class Throughput:
     messages_per_token: float
 
 
-async def throughput(address: str, router: Usage, size: Size) -> Throughput:
-    """Streams of tokens, all at once. Answers are read when the clock has stopped.
+async def throughput(rig: Rig, size: Size) -> Throughput:
+    """Streams of tokens over gRPC, all at once. Answers are read when the clock has stopped.
 
     Raises:
         InternalError: a stream lacks tokens.
     """
     request = GenerateRequest(
-        token_ids=TokenIds(ids=[1000] * 16),
+        token_ids=TokenIds(ids=_PROMPT),
         sampling=SamplingParams(temperature=0.0),
         stop=StopConditions(max_tokens=size.stream_tokens, ignore_eos=True),
     ).SerializeToString()
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(rig.address) as channel:
         generate: Any = channel.unary_stream(_GENERATE)
 
         async def stream() -> list[bytes]:
             return [response async for response in generate(request, timeout=_TIMEOUT_S)]
 
-        await stream()
-        before_s, started_s = router.cpu_s(), time.perf_counter()
-        answers = await asyncio.gather(*(stream() for _ in range(size.streams)))
-        seconds, cpu_s = time.perf_counter() - started_s, router.cpu_s() - before_s
+        answers, seconds, cpu_s = await _timed(stream, rig.router, size)
     for answer in answers:
         _check(answer, size.stream_tokens)
+    return _throughput(size, seconds, cpu_s, sum(len(answer) for answer in answers))
+
+
+async def http(rig: Rig, size: Size) -> Throughput:
+    """The same over HTTP, as server-sent events, each stream on a connection of its own.
+
+    Raises:
+        InternalError: a stream lacks tokens.
+    """
+    body = json.dumps({
+        "prompt": _PROMPT, "max_tokens": size.stream_tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+        "stream_options": {"include_usage": True},
+    }).encode()  # fmt: skip
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: {rig.http_address}\r\ncontent-type: application/json\r\n"
+    request = f"{head}connection: close\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+    host, _, port = rig.http_address.rpartition(":")
+
+    async def stream() -> bytes:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(request)
+        answer = await reader.read(-1)
+        writer.close()
+        await writer.wait_closed()
+        return answer
+
+    answers, seconds, cpu_s = await _timed(stream, rig.router, size)
+    for answer in answers:
+        if f'"completion_tokens":{size.stream_tokens}'.encode() not in answer or b"data: [DONE]" not in answer:
+            raise InternalError(f"a stream over HTTP ends with {answer[-300:]!r}")
+    return _throughput(size, seconds, cpu_s, sum(answer.count(b"data: ") for answer in answers))
+
+
+async def _timed(
+    stream: Callable[[], Coroutine[Any, Any, T]], router: Usage, size: Size
+) -> tuple[list[T], float, float]:
+    """Answers, seconds, and seconds that the router computed."""
+    await stream()
+    before_s, started_s = router.cpu_s(), time.perf_counter()
+    answers = await asyncio.gather(*(stream() for _ in range(size.streams)))
+    return answers, time.perf_counter() - started_s, router.cpu_s() - before_s
+
+
+def _throughput(size: Size, seconds: float, cpu_s: float, messages: int) -> Throughput:
     tokens = size.streams * size.stream_tokens
-    messages = sum(len(answer) for answer in answers)
     return Throughput(tokens / seconds, tokens / max(cpu_s, 0.01), messages / tokens)
 
 
@@ -143,9 +187,9 @@ class Memory:
         return self.after / self.before - 1
 
 
-async def memory(address: str, router: Usage, size: Size) -> Memory:
+async def memory(rig: Rig, size: Size) -> Memory:
     """Short requests, as many at a time as there were streams."""
-    async with AsyncClient(address) as client:
+    async with AsyncClient(rig.address) as client:
 
         async def live(count: int) -> None:
             for _ in range(count):
@@ -158,6 +202,6 @@ async def memory(address: str, router: Usage, size: Size) -> Memory:
                     running.create_task(live(len(range(i, count, size.streams))))
 
         await lives(size.lives_before)
-        before = router.memory_bytes()
+        before = rig.router.memory_bytes()
         await lives(size.lives - size.lives_before)
-        return Memory(before, router.memory_bytes())
+        return Memory(before, rig.router.memory_bytes())

@@ -63,7 +63,9 @@ class Rig:
         self._cores = cores
         self._profile = profile
         self.address = ""
-        """host:port of the router."""
+        """host:port of the router's gRPC."""
+        self.http_address = ""
+        """And of its HTTP."""
         self.router = Usage(0)
 
     def __enter__(self) -> "Rig":
@@ -77,10 +79,11 @@ class Rig:
             path = ["-m", "cProfile", "-o", str(self._profile)] if self._profile else []
             with on(self._cores.router):
                 settings = {**names, "MODEL": str(self._model.folder), "LOG_LEVEL": "info", "REQUESTS_MAX": "4096"}
+                settings["HTTP_LISTEN"] = "127.0.0.1:0"
                 settings["QUEUE_TOKENS_MAX"] = str(1 << 24)
                 router = _start(stack, "zipserve.router", "ROUTER", settings, path)
             self.router = Usage(router.pid)
-            self.address = _ready(router)
+            self.http_address, self.address = _addresses(router)
             self._running = stack.pop_all()
         return self
 
@@ -141,13 +144,16 @@ def _stop(process: "subprocess.Popen[str]") -> None:
         process.wait()
 
 
-def _ready(router: "subprocess.Popen[str]") -> str:
-    """Reads the router's log until it serves, and leaves the rest to a thread."""
+def _addresses(router: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Reads the router's log until it serves HTTP and then gRPC, and leaves the rest to a thread."""
     told: deque[str] = deque(maxlen=_TOLD_LINES)
+    found: list[str] = []
     assert router.stderr is not None
     for line in router.stderr:
         told.append(line)
-        if '"service.ready"' in line:
+        if '"http.ready"' in line or '"service.ready"' in line:
+            found.append(str(json.loads(line)["address"]))
+        if len(found) == 2:
             threading.Thread(target=deque, args=(router.stderr, 0), daemon=True).start()
-            return str(json.loads(line)["address"])
+            return found[0], found[1]
     raise InternalError(f"the router ended with status {router.wait()}:\n{''.join(told)}")

@@ -51,9 +51,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--prompt-tokens", type=_length, default=Length("fixed", 128), metavar="L", help=lengths)
     options.add_argument("--output-tokens", type=_length, default=Length("fixed", 32), metavar="L", help="the same")
     options.add_argument("--text", type=Path, metavar="FILE", help="prompts are pieces of it (default: random ids)")
-    options.add_argument(
-        "--vocab", type=report.whole(16), default=32_000, help="of random ids, where the server does not tell"
-    )
+    options.add_argument("--vocab", type=report.whole(16), default=32_000, help="of random ids, if unknown")
     options.add_argument("--slo-ttft-ms", type=_above_0, metavar="MS", help="objective: time to first token")
     options.add_argument("--slo-tpot-ms", type=_above_0, metavar="MS", help="objective: time per token")
     options.add_argument("--attain", type=float, default=0.9, metavar="SHARE", help="of requests that must keep them")

@@ -5,7 +5,7 @@ import sys
 import time
 
 from zipserve.cli.answer import Answer
-from zipserve.cli.generate import ask, explain, receive, write
+from zipserve.cli.generate import ask, connect, explain, receive, write
 from zipserve.client import Client, Message
 from zipserve.common.errors import ZipserveError
 
@@ -17,7 +17,7 @@ def run(options: argparse.Namespace) -> int:
     if sys.stdin.isatty():
         import readline  # noqa: F401, PLC0415  gives input() history and editing
     sys.stderr.write(_HELP + "\n")
-    with Client(options.address) as client:
+    with connect(options) as client:
         chat = Chat(client, options)
         while True:
             try:

@@ -5,9 +5,10 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from zipserve.cli.answer import Answer
-from zipserve.client import Client, Message, Stream
+from zipserve.client import Client, Message, Stream, Tls
 from zipserve.common.errors import OverloadedError, WorkerLostError, ZipserveError
 
 
@@ -20,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     prompt = text if options.raw else conversation(options.system, text)
     answers = [Answer(time.monotonic(), choice) for choice in range(options.n)]
     live = options.n == 1 and not options.json
-    with Client(options.address) as client:
+    with connect(options) as client:
         try:
             with ask(client, prompt, options) as stream:
                 receive(stream, answers, write if live else _ignore)
@@ -45,6 +46,21 @@ def _tell(answer: Answer, options: argparse.Namespace, *, shown: bool) -> None:
             write("\n")
     if options.stats:
         sys.stderr.write("\n".join(answer.statistics()) + "\n")
+
+
+def connect(options: argparse.Namespace) -> Client:
+    """A client for the command line's router.
+
+    Raises:
+        SystemExit: a file of the key or of TLS cannot be read.
+    """
+    files = (options.tls_roots, options.tls_certificate, options.tls_key)
+    try:
+        key = Path(options.api_key_file).read_text().strip() if options.api_key_file else ""
+        tls = Tls.read(*files) if options.tls or any(files) else None
+    except OSError as error:
+        raise SystemExit(f"zipserve: {error}") from error
+    return Client(options.address, api_key=key, tls=tls)
 
 
 def conversation(system: str | None, text: str) -> list[Message]:
