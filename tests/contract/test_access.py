@@ -2,22 +2,29 @@
 
 import asyncio
 import json
+import ssl
+import uuid
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
+import trustme
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from structlog.testing import capture_logs
 
+from inprocess import SECRET, running
 from polling import until
 from router_cluster import Cluster, answer, build, explain, refusal
 from zipserve.common import api_keys
 from zipserve.common.models import ModelFiles
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.door import ClusterTokens
+from zipserve.router.config import RouterSettings
+from zipserve.router.service import RouterService
 from zipserve.v1.inference_service_pb2 import DESCRIPTOR, ListModelsRequest
 from zipserve.v1.sampling_pb2 import StopConditions
 from zipserve.v1.worker_service_pb2 import GetCapabilitiesRequest
@@ -131,3 +138,35 @@ async def test_workers_let_in_their_own_cluster_only(stack: AsyncExitStack, mode
     answer = await WorkerServiceStub(own.get(worker.address)).GetCapabilities(GetCapabilitiesRequest())
     assert answer.capabilities.worker_id == "p0"
     assert worker.requests == []
+
+
+async def test_http_asks_for_the_same_keys_over_tls(
+    stack: AsyncExitStack, model: ModelFiles, redis_url: str, keys_file: Path, tmp_path: Path
+) -> None:
+    authority = trustme.CA()
+    leaf = authority.issue_cert("127.0.0.1")
+    leaf.cert_chain_pems[0].write_to_path(str(tmp_path / "cert"))
+    leaf.private_key_pem.write_to_path(str(tmp_path / "key"))
+    tls = {"public_tls_cert": str(tmp_path / "cert"), "public_tls_key": str(tmp_path / "key")}
+    service = RouterService(
+        settings := RouterSettings.model_validate(
+            {
+                "cluster": uuid.uuid4().hex,
+                "redis_url": redis_url,
+                "secret": SECRET,
+                "model": str(model.folder),
+                "keys_file": str(keys_file),
+                "http_listen": "127.0.0.1:0",
+                **tls,
+            }
+        )
+    )
+    await stack.enter_async_context(running(service, settings))
+    trust = ssl.create_default_context(cadata=authority.cert_pem.bytes().decode())
+    async with httpx.AsyncClient(verify=trust, base_url=f"https://{service.http_address}") as client:
+        assert (await client.get("/health")).status_code == 200
+        for path in ("/v1/models", "/metrics"):
+            refused = await client.get(path, headers={"authorization": "Bearer wrong"})
+            assert refused.status_code == 401
+            assert KEY not in refused.text
+            assert (await client.get(path, headers=dict(SHOWN))).status_code == 200

@@ -192,8 +192,8 @@ class Session:
 
     def _check_hope(self, prefills: Sequence[Worker]) -> None:
         """Raises DeadlineError if no prefill worker can have the first token in time."""
-        left_s, where = self._deadline.remaining_s(), (self._need, self._in_flight, self._job.priority)
-        takes_s = first_token_s_at_least(prefills, *where, self._to_compute)
+        left_s, priority = self._deadline.remaining_s(), self._job.priority
+        takes_s = first_token_s_at_least(prefills, self._need, self._in_flight, priority, self._to_compute)
         if takes_s >= left_s:
             raise DeadlineError(f"the first token takes {takes_s:.2f} s at least, the deadline is in {left_s:.2f} s")
 
