@@ -3,7 +3,7 @@
 import asyncio
 import json
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import httpx
@@ -14,6 +14,7 @@ from http_router import HttpCluster, build_http, reading
 from polling import until
 from zipserve.common.errors import KvValueError
 from zipserve.common.models import ModelFiles
+from zipserve.router.http import server
 
 CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
@@ -35,6 +36,7 @@ async def test_a_client_that_goes_away_in_a_stream(router: HttpCluster, prompt: 
     _, decode = await router.workers(at_token=_never_after_14)
     async with reading(router.http, COMPLETION, prompt=prompt, max_tokens=400) as lines:
         assert (await anext(lines)).startswith("data: ")
+        await until(lambda: decode.position >= 12, "decode goes on from the handle")
     async with asyncio.timeout(1):
         await decode.cancelled.wait()
         await router.cluster.at_rest()
@@ -158,3 +160,35 @@ async def test_metrics_and_version(router: HttpCluster) -> None:
     assert response.headers["content-type"].startswith("text/plain")
     assert 'zipserve_rpcs_total{method="GET /v1/models",reason="OK"} 1.0' in response.text
     assert (await router.http.get("/version")).json().keys() == {"version"}
+
+
+async def test_a_head_without_end_is_cut_off(router: HttpCluster) -> None:
+    host, _, port = router.address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"GET /health HTTP/1.1\r\n")
+    answer = asyncio.create_task(reader.read())
+    sent = 0
+    # what the server had not read when it hung up makes a reset of its answer
+    with suppress(ConnectionError):
+        while not answer.done():
+            writer.write(b"x-more: " + b"y" * 1000 + b"\r\n")
+            await writer.drain()
+            sent += 1000
+        assert b"more than 65536 bytes" in await answer
+    assert answer.done()
+    assert sent < 32 << 20
+    writer.close()
+
+
+async def test_a_head_that_does_not_come_is_not_waited_for(
+    router: HttpCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_HEAD_S", 0.1)
+    host, _, port = router.address.rpartition(":")
+    for begins in (b"", b"GET /health HT"):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(begins)
+        async with asyncio.timeout(5):
+            assert await reader.read() == b""
+        writer.close()
+    assert (await router.http.get("/health")).status_code == 200

@@ -142,3 +142,17 @@ def test_the_pause_follows_the_load() -> None:
         computed_s += 0.0625 * share
         pace.pause_s()
     assert found == pytest.approx([0.0, 0.0, PAUSE_MAX_S / 2, PAUSE_MAX_S, PAUSE_MAX_S, 0.0], abs=1e-9)
+
+
+async def test_what_completes_a_guide_is_told_at_once_and_as_such() -> None:
+    source = Source(tokens(5, 1), tokens(6, 2))
+    events = gathered(source, lambda: 60.0)
+    assert (await anext(events)).tokens.token_ids == [1, 2]
+    source.put(tokens(7, 3))
+    last = tokens(8, 4)
+    last.tokens.complete = True
+    source.put(last)
+    async with asyncio.timeout(5):
+        joined = (await anext(events)).tokens
+    assert (list(joined.token_ids), joined.complete) == ([3, 4], True)
+    await events.aclose()

@@ -75,6 +75,8 @@ GOOD = json.loads(api_keys.line(BOB, "bob"))
         (json.dumps({**GOOD, "expires_at": "2030-01-31T12:00:00"}), "needs a time zone"),
         (json.dumps({**GOOD, BOB: 1}), "an unknown field"),
         (json.dumps([BOB]), "line 1: "),
+        ("[" * 100_000, "line 1 is no JSON that can be read"),
+        ("9" * 5000, "line 1 is no JSON that can be read"),
         (f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}", "line 2: the name or key of 'bob' stands there twice"),
     ],
 )

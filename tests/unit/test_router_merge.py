@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from zipserve.common.errors import WorkerLostError
 from zipserve.router.merge import merge
 
 Item = tuple[int, int]
@@ -79,3 +80,13 @@ async def test_a_slow_reader_holds_the_streams_back() -> None:
         for _ in range(50):
             await asyncio.sleep(0)
         assert made <= 6
+
+
+async def test_a_stream_that_is_cancelled_from_its_other_end_is_lost() -> None:
+    async def cut() -> AsyncGenerator[Item, None]:
+        yield 0, 0
+        raise asyncio.CancelledError
+
+    with pytest.raises(WorkerLostError):
+        async with asyncio.timeout(5):
+            assert [item async for item in merge([cut()])]

@@ -14,6 +14,7 @@ from zipserve.common import tracing
 from zipserve.common.errors import (
     DeadlineError,
     DrainingError,
+    InternalError,
     InvalidRequestError,
     ModelNotFoundError,
     SlowReaderError,
@@ -209,6 +210,10 @@ class Frontend:
                             self._raise_slow(deadline)
         except ZipserveError as error:
             trace.error = error
+            raise
+        except Exception as error:
+            late = isinstance(error, TimeoutError)
+            trace.error = DeadlineError("the deadline has passed") if late else InternalError(repr(error))
             raise
         finally:
             trace.finish(self._now(), self._metrics)

@@ -59,6 +59,7 @@ class _Waiting:
         self.urgent = asyncio.Event()
         """There is more than tokens, or many of these, or nothing will follow."""
         self.room = asyncio.Event()
+        """Events were taken."""
 
     def put(self, event: DecodeResponse) -> None:
         """Adds an event, to the last one if that has the tokens right before it."""
@@ -67,10 +68,11 @@ class _Waiting:
             last = self.events[-1].tokens
             last.token_ids.extend(event.tokens.token_ids)
             last.logprobs.extend(event.tokens.logprobs)
+            last.complete = event.tokens.complete
         else:
             self.events.append(event)
             self.some.set()
-        if self.tokens >= TOKENS_MAX or not event.HasField("tokens"):
+        if self.tokens >= TOKENS_MAX or not event.HasField("tokens") or event.tokens.complete:
             self.urgent.set()
 
     def end(self) -> None:

@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
+from zipserve.common.errors import WorkerLostError
+
 T = TypeVar("T")
 
 
@@ -15,17 +17,7 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
     # Of one item, so that who reads slowly holds all of them back.
     arrived: asyncio.Queue[list[T] | Exception | None] = asyncio.Queue(1)
 
-    async def pump(stream: AsyncGenerator[T, None]) -> None:
-        try:
-            async with aclosing(stream) as items:
-                async for item in items:
-                    await arrived.put([item])
-        except Exception as error:  # noqa: BLE001  it is raised where the items are read
-            await arrived.put(error)
-        else:
-            await arrived.put(None)
-
-    tasks = [asyncio.create_task(pump(stream), name="merge") for stream in streams]
+    tasks = [asyncio.create_task(_pump(stream, arrived), name="merge") for stream in streams]
     try:
         running = len(tasks)
         while running:
@@ -41,3 +33,20 @@ async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T,
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _pump(stream: AsyncGenerator[T, None], arrived: "asyncio.Queue[list[T] | Exception | None]") -> None:
+    try:
+        async with aclosing(stream) as items:
+            async for item in items:
+                await arrived.put([item])
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        # not ours: a channel that is closed cancels the calls over it
+        await arrived.put(WorkerLostError(f"a stream was cancelled from its other end: {error!r}"))
+    except Exception as error:  # noqa: BLE001  it is raised where the items are read
+        await arrived.put(error)
+    else:
+        await arrived.put(None)

@@ -110,10 +110,12 @@ class InFlight:
     def prefilling(self, worker: Worker, tokens: int, priority: int = 0) -> Iterator[None]:
         """Counts a prompt while the context is open."""
         prompts = self._prompts.setdefault(worker.key, Counter())
-        with _counted(self.prefill_tokens, worker.key, tokens), _counted(prompts, (priority, tokens), 1):
-            yield
-        if not prompts:
-            self._prompts.pop(worker.key, None)
+        try:
+            with _counted(self.prefill_tokens, worker.key, tokens), _counted(prompts, (priority, tokens), 1):
+                yield
+        finally:
+            if not prompts:
+                self._prompts.pop(worker.key, None)
 
     def tokens_ahead(self, worker: Worker, tokens: int, priority: int) -> int:
         """Tokens that a prefill worker certainly computes before those of a prompt that would come now: of a higher

@@ -80,3 +80,5 @@ def _line(number: int, line: str) -> _Line:
             for e in error.errors(include_input=False, include_url=False)
         )
         raise InvalidRequestError(f"line {number}: {wrong}") from None
+    except (ValueError, RecursionError):
+        raise InvalidRequestError(f"line {number} is no JSON that can be read") from None

@@ -106,7 +106,9 @@ class Api:
         """POST /v1/completions."""
         call = await self._call(exchange)
         asked = parse(CompletionRequest, call.body)
-        requests = asked.to_generate(self._settings.http_prompts_max)
+        # of more than may ever be in flight together, some would be refused each time
+        in_flight_max = min(self._settings.requests_max, call.caller.requests_max or self._settings.requests_max)
+        requests = asked.to_generate(min(self._settings.http_prompts_max, in_flight_max))
         echo = None
         if asked.echo:
             echo = tuple([p if isinstance(p, str) else await self._text(asked.model, p, call) for p in asked.prompt])
@@ -184,7 +186,7 @@ class Api:
 
     async def _text(self, model: str | None, token_ids: Sequence[int], call: Call) -> str:
         try:
-            return await self._frontend.detokenize(model or "", token_ids, call.deadline)
+            return await self._frontend.detokenize(model or "", token_ids, call.deadline, call.caller)
         except ZipserveError as error:
             raise Refused(problem_of(error, {"token_ids": "prompt"})) from error
 

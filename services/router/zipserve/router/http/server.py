@@ -5,12 +5,17 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 _BACKLOG = 1024
 _GRACE_S = 1
+_HEAD_BYTES_MAX = 64 << 10
+_HEAD_S = 10.0
+"""Time for the head of a request, from the connection or from its first byte on."""
 
 
 class HttpServer:
@@ -41,7 +46,7 @@ class HttpServer:
         listener = _listen(listen, unread_s)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=_Protocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -68,7 +73,40 @@ class HttpServer:
     async def stop(self) -> None:
         """Closes idle connections, gives the others a moment to end, and returns when all are closed."""
         self._server.should_exit = True
-        await self.task
+        await asyncio.shield(self.task)  # it ends by itself; who waits for it may go away
+
+
+class _Protocol(HttpToolsProtocol):
+    """Limits the head of a request in bytes and time, which uvicorn leaves open to anybody."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._head_bytes = 0
+        self._in_head = True
+        self._late = self.loop.call_later(_HEAD_S, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._late.cancel()
+        super().connection_lost(exc)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._late.cancel()
+        self._head_bytes = 0
+        self._in_head = True
+        self._late = self.loop.call_later(_HEAD_S, self.transport.abort)
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._late.cancel()
+        super().on_headers_complete()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES_MAX:
+                self.send_400_response(f"The head of the request has more than {_HEAD_BYTES_MAX} bytes.")
 
 
 class _Uvicorn(uvicorn.Server):
