@@ -104,7 +104,7 @@ def test_probabilities_of_which_json_knows_nothing(value: float) -> None:
 
 STATUSES = {
     "INVALID_REQUEST": 400, "UNAUTHENTICATED": 401, "MODEL_NOT_FOUND": 404, "OVERLOADED": 429, "DEADLINE_EXCEEDED": 504,
-    "UNAVAILABLE": 503, "NO_WORKER": 503, "DRAINING": 503, "WORKER_LOST": 503,
+    "SLOW_READER": 429, "UNAVAILABLE": 503, "NO_WORKER": 503, "DRAINING": 503, "WORKER_LOST": 503,
 }  # fmt: skip
 
 
