@@ -116,9 +116,8 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once(prefill: Prefill
     pace.seconds = 0.1
     give_up(prefill, await prefill.compute(STEP))
     steps = len(pace.steps)
-    with pytest.raises(
-        errors.DeadlineError, match=r"200 tokens behind 0 others takes 0\.[3-9]\d s at least, its deadline is in 0\.[12]"
-    ):
+    says = r"200 tokens behind 0 others takes 0\.[3-9]\d s at least, its deadline is in 0\.[12]"
+    with pytest.raises(errors.DeadlineError, match=says):
         await prefill.service.worker.prefill("r", prompt(LONG), [Sampler(Sampling())], Deadline(0.2))
     assert len(pace.steps) == steps
 
