@@ -1,13 +1,14 @@
 """Blocks of others that come late, or never: who waits for them, who does not, and what they hold up."""
 
 import asyncio
+from typing import Any
 
 import pytest
 
 from memory_transport import Fabric
 from polling import until
 from shared_blocks import Reads, fetches, give_up, knows, names_of, two
-from workers import BLOCK, Decode, Workers, prompt
+from workers import BLOCK, Decode, Prefill, Workers, prompt
 from zipserve.common.errors import OverloadedError
 from zipserve.common.kv.layout import SlabKind
 from zipserve.decode.scheduler import Place
@@ -17,13 +18,18 @@ from zipserve.v1.sampling_pb2 import SamplingParams
 TOKENS = 5 * BLOCK + 7
 
 
-async def test_a_worker_that_goes_away_computes_what_it_still_fetches_for(cluster_workers: Workers) -> None:
+async def lacking(cluster_workers: Workers, **settings: Any) -> tuple[Prefill, list[int], Reads]:
+    """A prefill worker, a prompt of which another one has all five blocks, and the reads of them, which are held up."""
     fabric = Fabric()
-    first, second = await two(cluster_workers, fabric, fetch_s=20.0)
+    first, second = await two(cluster_workers, fabric, fetch_s=20.0, **settings)
     token_ids = prompt(TOKENS)
     give_up(first, await first.compute(token_ids))
     await knows(second, first, token_ids, 5)
-    reads = Reads(fabric)
+    return second, token_ids, Reads(fabric)
+
+
+async def test_a_worker_that_goes_away_computes_what_it_still_fetches_for(cluster_workers: Workers) -> None:
+    second, token_ids, reads = await lacking(cluster_workers)
     late = asyncio.create_task(second.compute(token_ids))
     await reads.begun()
     second.service.begin_drain()
@@ -36,12 +42,7 @@ async def test_a_worker_that_goes_away_computes_what_it_still_fetches_for(cluste
 
 
 async def test_who_fetches_counts_as_queued(cluster_workers: Workers) -> None:
-    fabric = Fabric()
-    first, second = await two(cluster_workers, fabric, fetch_s=20.0, queue_requests_max=2)
-    token_ids = prompt(TOKENS)
-    give_up(first, await first.compute(token_ids))
-    await knows(second, first, token_ids, 5)
-    reads = Reads(fabric)
+    second, token_ids, reads = await lacking(cluster_workers, queue_requests_max=2)
     here = [asyncio.create_task(second.compute([*token_ids, i])) for i in range(2)]
     await reads.begun()
     await until(lambda: second.service.load().queued_requests == 2, "both wait for the blocks")
@@ -52,12 +53,7 @@ async def test_who_fetches_counts_as_queued(cluster_workers: Workers) -> None:
 
 
 async def test_a_deadline_leaves_time_to_compute_what_does_not_come(cluster_workers: Workers) -> None:
-    fabric = Fabric()
-    first, second = await two(cluster_workers, fabric, fetch_s=20.0)
-    token_ids = prompt(TOKENS)
-    give_up(first, await first.compute(token_ids))
-    await knows(second, first, token_ids, 5)
-    reads = Reads(fabric)
+    second, token_ids, reads = await lacking(cluster_workers)
     answer = await second.compute(token_ids, timeout_s=3.0)
     assert answer.cached_tokens == 0
     give_up(second, answer)
@@ -66,12 +62,7 @@ async def test_a_deadline_leaves_time_to_compute_what_does_not_come(cluster_work
 
 
 async def test_slabs_of_a_fetch_that_nobody_waits_for_go_to_who_needs_them(cluster_workers: Workers) -> None:
-    fabric = Fabric()
-    first, second = await two(cluster_workers, fabric, fetch_s=20.0)
-    token_ids = prompt(TOKENS)
-    give_up(first, await first.compute(token_ids))
-    await knows(second, first, token_ids, 5)
-    reads = Reads(fabric)
+    second, token_ids, reads = await lacking(cluster_workers)
     impatient = asyncio.create_task(second.compute(token_ids))
     await reads.begun()
     impatient.cancel()
@@ -82,12 +73,7 @@ async def test_slabs_of_a_fetch_that_nobody_waits_for_go_to_who_needs_them(clust
 
 
 async def test_what_was_computed_while_it_was_fetched_stays_in_order(cluster_workers: Workers) -> None:
-    fabric = Fabric()
-    first, second = await two(cluster_workers, fabric, fetch_s=20.0)
-    token_ids = prompt(TOKENS)
-    give_up(first, await first.compute(token_ids))
-    await knows(second, first, token_ids, 5)
-    reads = Reads(fabric)
+    second, token_ids, reads = await lacking(cluster_workers)
     impatient = asyncio.create_task(second.compute(token_ids))
     await reads.begun()
     impatient.cancel()

@@ -4,6 +4,7 @@ Prometheus asks in a thread of its own. What is read here is one number at a tim
 """
 
 from functools import partial
+from typing import Protocol
 
 from zipserve.common import __version__
 from zipserve.common.kv.layout import Layout, SlabKind
@@ -15,6 +16,29 @@ def tell_build(metrics: Metrics, service: str, layout: Layout | None = None, mod
     """Says what runs here."""
     codec, model = (layout.codec, layout.model) if layout else ("", model)
     metrics.build_info.labels(service, __version__, model, codec).set(1)
+
+
+class Queue(Protocol):
+    """What a scheduler says of its work."""
+
+    @property
+    def queued_requests(self) -> int:
+        """Requests that wait."""
+
+    @property
+    def queued_tokens(self) -> int:
+        """Tokens of theirs."""
+
+    @property
+    def running_requests(self) -> int:
+        """Requests that are being computed."""
+
+
+def watch_queue(metrics: Metrics, queue: Queue) -> None:
+    """Tells how long it is from now on."""
+    metrics.queued_requests.set_function(lambda: queue.queued_requests)
+    metrics.queued_tokens.set_function(lambda: queue.queued_tokens)
+    metrics.running_requests.set_function(lambda: queue.running_requests)
 
 
 def watch_pools(metrics: Metrics, layout: Layout, index: PrefixIndex) -> None:

@@ -8,7 +8,7 @@ import grpc
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.seals import Seals
-from zipserve.common.levels import tell_build, watch_pools
+from zipserve.common.levels import tell_build, watch_pools, watch_queue
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.peers import Peers
 from zipserve.common.transfer.sharing import IndexShelf
@@ -83,9 +83,7 @@ class DecodeService:
         metrics, scheduler, layout = self.metrics, self.scheduler, self.device.layout
         tell_build(metrics, "decode", layout)
         watch_pools(metrics, layout, scheduler.index)
-        metrics.queued_requests.set_function(lambda: scheduler.queued_requests)
-        metrics.queued_tokens.set_function(lambda: scheduler.queued_tokens)
-        metrics.running_requests.set_function(lambda: scheduler.running_requests)
+        watch_queue(metrics, scheduler)
         metrics.parked_requests.set_function(lambda: scheduler.parked_requests)
         metrics.parked_bytes.set_function(lambda: scheduler.parked_bytes)
 

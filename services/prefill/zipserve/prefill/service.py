@@ -8,7 +8,7 @@ import grpc
 from zipserve.common.kv.pools import SlabPools
 from zipserve.common.kv.prefix_index import PrefixIndex
 from zipserve.common.kv.seals import Seals
-from zipserve.common.levels import tell_build, watch_pools
+from zipserve.common.levels import tell_build, watch_pools, watch_queue
 from zipserve.common.metrics import Metrics
 from zipserve.common.transfer.peers import Peers
 from zipserve.common.transfer.sharing import IndexShelf
@@ -70,9 +70,7 @@ class PrefillService:
         metrics, scheduler, layout = self.metrics, self.scheduler, self.device.layout
         tell_build(metrics, "prefill", layout)
         watch_pools(metrics, layout, scheduler.index)
-        metrics.queued_requests.set_function(lambda: scheduler.queued_requests)
-        metrics.queued_tokens.set_function(lambda: scheduler.queued_tokens)
-        metrics.running_requests.set_function(lambda: scheduler.running_requests)
+        watch_queue(metrics, scheduler)
 
     def add_to(self, server: grpc.aio.Server) -> list[str]:
         servicer = PrefillServicer(self.worker, self.source, self.device, self._settings.deadline_default_s)

@@ -109,7 +109,6 @@ class Frontend:
         self._in_flight = InFlight()
         self._prefixes = Prefixes(settings.prefix_names_max, holders, settings.fetch_cost)
         self._rules = Rules(settings.worker_wait_s, settings.attempts_max, settings.local_prefill_tokens_max)
-        self._deadline_max_s = settings.deadline_max_s
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -136,7 +135,8 @@ class Frontend:
 
     def deadline(self, asked_s: float | None) -> Deadline:
         """The deadline of a request whose client gives it so many seconds; None: it says nothing."""
-        return Deadline(min(self._settings.deadline_default_s if asked_s is None else asked_s, self._deadline_max_s))
+        settings = self._settings
+        return Deadline(min(settings.deadline_default_s if asked_s is None else asked_s, settings.deadline_max_s))
 
     def served(self, model: str = "") -> Model:
         """A model as clients are told of it; empty: the only one.

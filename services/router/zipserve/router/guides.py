@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from zipserve.common.errors import InvalidRequestError, OverloadedError
 from zipserve.common.guide import Guide
 from zipserve.common.guide_matcher import GuideTokenizer
+from zipserve.router.counted import counted
 
 _THREADS = 2
 _WAITING_MAX = 64
@@ -45,20 +46,16 @@ class GuideCheck:
             self._tokenizer.check(guide)
 
         work = self._threads.submit(compile_it)
-        self._waiting[guide] += 1
         try:
-            async with asyncio.timeout(self._compile_s):
-                await asyncio.wrap_future(work)
+            with counted(self._waiting, guide):
+                async with asyncio.timeout(self._compile_s):
+                    await asyncio.wrap_future(work)
         except TimeoutError as error:
             if not began_s or time.monotonic() - began_s[0] < _LATE_SHARE * self._compile_s:  # its turn came late
                 raise OverloadedError(f"no guide could be compiled for {self._compile_s:g} s") from error
             raise InvalidRequestError(
                 f"{guide.field} takes more than {self._compile_s:g} s to compile", field=guide.field
             ) from error
-        finally:
-            self._waiting[guide] -= 1
-            if not self._waiting[guide]:
-                del self._waiting[guide]
 
     def close(self) -> None:
         """Lets the threads end."""

@@ -9,16 +9,16 @@ waiting, and those of the prompt that it is not expected to find in its cache.
 """
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
+
+from zipserve.router.counted import counted
 
 WorkerKey = tuple[str, int]
 """Worker id and incarnation: a restarted worker is another one."""
-
-K = TypeVar("K", bound=Hashable)
 
 _REMEMBERED_PICKS = 4096
 _CERTAINTY = 2.0
@@ -111,7 +111,7 @@ class InFlight:
         """Counts a prompt while the context is open."""
         prompts = self._prompts.setdefault(worker.key, Counter())
         try:
-            with _counted(self.prefill_tokens, worker.key, tokens), _counted(prompts, (priority, tokens), 1):
+            with counted(self.prefill_tokens, worker.key, tokens), counted(prompts, (priority, tokens), 1):
                 yield
         finally:
             if not prompts:
@@ -131,7 +131,7 @@ class InFlight:
     @contextmanager
     def decoding(self, worker: Worker, sequences: int = 1) -> Iterator[None]:
         """Counts sequences while the context is open."""
-        with _counted(self.decode_requests, worker.key, sequences):
+        with counted(self.decode_requests, worker.key, sequences):
             yield
 
     def picked(self, route: Pair | Alone) -> None:
@@ -151,17 +151,6 @@ class InFlight:
     def last_pick(self, worker: Worker) -> int:
         """Number of the last pick of a worker; 0 when it was never picked."""
         return self._last_pick.get(worker.key, 0)
-
-
-@contextmanager
-def _counted(counter: Counter[K], key: K, amount: int) -> Iterator[None]:
-    counter[key] += amount
-    try:
-        yield
-    finally:
-        counter[key] -= amount
-        if not counter[key]:
-            del counter[key]
 
 
 class PrefillScore(NamedTuple):

@@ -1,8 +1,6 @@
 """InferenceService on gRPC: messages to domain and back; decides nothing but what fits into a message."""
 
-import re
-import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
 import structlog
@@ -15,11 +13,11 @@ from zipserve.common.rpc.duration import to_duration
 from zipserve.router.access.keyring import KeyRing
 from zipserve.router.caller import Caller
 from zipserve.router.frontend import Event, Finished, Frontend, Started
+from zipserve.router.request_id import request_id
 from zipserve.v1 import inference_service_pb2 as pb
 from zipserve.v1.inference_service_pb2_grpc import InferenceServiceServicer
 
 _TOO_MUCH = "the answer's tokens so far, which Generate would stream,"
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class InferenceServicer(InferenceServiceServicer):
@@ -65,9 +63,9 @@ class InferenceServicer(InferenceServiceServicer):
         return pb.GetModelResponse(model=self._frontend.served(request.model))
 
     def _events(self, request: pb.GenerateRequest, context: Context) -> AsyncGenerator[Event, None]:
-        request_id = _request_id(context)
-        structlog.contextvars.bind_contextvars(request_id=request_id)
-        return self._frontend.generate(request, request_id, self._deadline(context), self._caller(context))
+        own_id = _request_id(context)
+        structlog.contextvars.bind_contextvars(request_id=own_id)
+        return self._frontend.generate(request, own_id, self._deadline(context), self._caller(context))
 
     def _caller(self, context: Context) -> Caller:
         return self._keys.caller(context.invocation_metadata() or ())
@@ -130,10 +128,8 @@ def _check_size(size: int, bytes_max: int, what: str, field: str) -> None:
         raise InvalidRequestError(f"{what} make {size} bytes, a message has at most {bytes_max}", field=field)
 
 
-def _request_id(context: Context, draw: Callable[[], uuid.UUID] = uuid.uuid4) -> str:
-    """The client's id where it is a printable word of at most 128 characters, else a new one."""
-    given = next((value for key, value in context.invocation_metadata() or () if key == tracing.REQUEST_ID_KEY), "")
-    return given if isinstance(given, str) and _REQUEST_ID.fullmatch(given) else draw().hex
+def _request_id(context: Context) -> str:
+    return request_id(dict(context.invocation_metadata() or ()).get(tracing.REQUEST_ID_KEY))
 
 
 def _response(event: Event) -> pb.GenerateResponse:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import grpc
 
-from zipserve.common import log
+from zipserve.common import files, log
 from zipserve.common.errors import InvalidRequestError
 
 _log = log.get()
@@ -44,15 +44,15 @@ class Certificates:
         InvalidRequestError: a file cannot be read, or certificate and key do not fit.
     """
 
-    def __init__(self, files: TlsFiles) -> None:
-        self._files = files
+    def __init__(self, paths: TlsFiles) -> None:
+        self._files = paths
         self._lock = threading.Lock()
         self._looked_s = time.monotonic()
         self._version = self._found()
         try:
             self._pem, self._context = self._load()
         except (OSError, ssl.SSLError) as error:
-            raise InvalidRequestError(f"the TLS files {files} cannot be used: {error}", field="tls_cert") from error
+            raise InvalidRequestError(f"the TLS files {paths} cannot be used: {error}", field="tls_cert") from error
         self.generation = 0
         """Grows when the files were exchanged."""
 
@@ -103,21 +103,13 @@ class Certificates:
         return grpc.ssl_server_certificate_configuration([(pem.key, pem.cert)], pem.ca or None)
 
     def _load(self) -> tuple[_Pem, ssl.SSLContext]:
-        files = self._files
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=files.ca or None)
-        context.load_cert_chain(files.cert, files.key)  # fails if they do not fit
-        if files.ca:
+        cert, key, ca = self._files.cert, self._files.key, self._files.ca
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca or None)
+        context.load_cert_chain(cert, key)  # fails if they do not fit
+        if ca:
             context.verify_mode = ssl.CERT_REQUIRED
-        ca = Path(files.ca).read_bytes() if files.ca else b""
-        return _Pem(Path(files.cert).read_bytes(), Path(files.key).read_bytes(), ca), context
+        authorities = Path(ca).read_bytes() if ca else b""
+        return _Pem(Path(cert).read_bytes(), Path(key).read_bytes(), authorities), context
 
     def _found(self) -> tuple[object, ...]:
-        return tuple(_state(Path(path)) for path in (self._files.cert, self._files.key, self._files.ca) if path)
-
-
-def _state(path: Path) -> object:
-    try:
-        found = path.stat()
-    except OSError as error:
-        return error.errno
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
+        return tuple(files.version(Path(path)) for path in (self._files.cert, self._files.key, self._files.ca) if path)

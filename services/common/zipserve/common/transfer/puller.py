@@ -278,7 +278,8 @@ class KvPuller:
         if peer is not None:
             del self._peers[worker_id]
             await self._transport.disconnect(peer.agent)
-        stub, record = await self.stub(worker_id, incarnation), await self._find(worker_id, incarnation)
+        record = await self._find(worker_id, incarnation)
+        stub = kv_transfer_service_pb2_grpc.KvTransferServiceStub(self._channels.get(record.capabilities.address))
         request = kv_transfer_service_pb2.ConnectRequest(
             worker_id=self._worker_id,
             expected_incarnation=incarnation,

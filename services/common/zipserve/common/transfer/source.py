@@ -126,7 +126,7 @@ class KvSource(kv_transfer_service_pb2_grpc.KvTransferServiceServicer):
             )
         now_s = time.monotonic()
         lost = [lease_id for lease_id in request.lease_ids if not self._leases.renew(lease_id, now_s)]
-        self._expect_readers()  # who renews a lease for the first time is about to read
+        self._expect_readers()  # who renews a lease is reading, or about to
         return kv_transfer_service_pb2.RenewLeasesResponse(
             lost_lease_ids=lost, lease_ttl=to_duration(self._leases.ttl_s)
         )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from zipserve.common import api_keys, log
+from zipserve.common import api_keys, files, log
 from zipserve.common.errors import InvalidRequestError, UnauthenticatedError
 from zipserve.common.rpc.door import Metadata
 from zipserve.router.access.keys import Key, parse
@@ -34,7 +34,7 @@ class KeyRing:
         self._version: object = None
         self._keys: Mapping[str, Key] = {}
         if path is not None:
-            self._version = _version(path)
+            self._version = files.version(path)
             self._keys = _read(path)
             _log.info("keys.loaded", keys=len(self._keys))
 
@@ -76,7 +76,7 @@ class KeyRing:
         """Reads the file again if it has changed. What is wrong with it is logged, and the last good keys stay."""
         if self._path is None:
             return
-        version = _version(self._path)
+        version = files.version(self._path)
         if version == self._version:
             return
         self._version = version
@@ -92,15 +92,6 @@ class KeyRing:
         while True:
             await asyncio.sleep(every_s)
             await asyncio.to_thread(self.refresh)
-
-
-def _version(path: Path) -> object:
-    """Changes with the file; also when a link on the way, as that of a Kubernetes secret, points to another one."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        return error.errno
-    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _read(path: Path) -> Mapping[str, Key]:

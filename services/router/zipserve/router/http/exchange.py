@@ -1,9 +1,7 @@
 """One HTTP request and its answer, over ASGI."""
 
 import asyncio
-import re
-import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -15,10 +13,10 @@ from zipserve.common.errors import DeadlineError, InvalidRequestError
 from zipserve.router.http.fields import dumps
 from zipserve.router.http.problem import Problem, Refused, refusal
 from zipserve.router.http.sse import error_event
+from zipserve.router.request_id import request_id
 
 TIMEOUT_HEADER = "x-request-timeout-s"
 _JSON = "application/json"
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 _GOODBYE_S = 1.0
 """Longest wait for a reader who is told that its stream has failed."""
 
@@ -30,12 +28,10 @@ class ClientGoneError(Exception):
 class Exchange:
     """A request, and what is answered."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, draw: Callable[[], uuid.UUID] = uuid.uuid4) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.headers = Headers(scope=scope)
         self.path_params: Mapping[str, Any] = scope.get("path_params", {})
-        given = self.headers.get(tracing.REQUEST_ID_KEY, "")
-        self.request_id = given if _REQUEST_ID.fullmatch(given) else draw().hex
-        """The client's id where it is a printable word of at most 128 characters, else a new one."""
+        self.request_id = request_id(self.headers.get(tracing.REQUEST_ID_KEY))
         self.opened = False
         """Whether the answer has begun."""
         self._receive, self._send = receive, send

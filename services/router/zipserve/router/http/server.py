@@ -81,9 +81,7 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._head_bytes = 0
-        self._in_head = True
-        self._late = self.loop.call_later(_HEAD_S, transport.abort)
+        self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._late.cancel()
@@ -92,9 +90,7 @@ class _Protocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._late.cancel()
-        self._head_bytes = 0
-        self._in_head = True
-        self._late = self.loop.call_later(_HEAD_S, self.transport.abort)
+        self._await_head()
 
     def on_headers_complete(self) -> None:
         self._in_head = False
@@ -107,6 +103,11 @@ class _Protocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._head_bytes > _HEAD_BYTES_MAX:
                 self.send_400_response(f"The head of the request has more than {_HEAD_BYTES_MAX} bytes.")
+
+    def _await_head(self) -> None:
+        self._head_bytes = 0
+        self._in_head = True
+        self._late = self.loop.call_later(_HEAD_S, self.transport.abort)
 
 
 class _Uvicorn(uvicorn.Server):
