@@ -123,7 +123,8 @@ class NixlTransport:
     """
 
     def __init__(self, name: str, arenas: Sequence[ArenaInfo]) -> None:
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        # Not a SimpleQueue: its `get` waits for ever when its time is over before it waits (CPython 3.11).
+        self._inbox: queue.Queue[Callable[[], None]] = queue.Queue()
         self._reads: list[_Read] = []
         self._closing = False
         self._expects_readers = False
