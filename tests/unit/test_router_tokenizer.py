@@ -1,6 +1,9 @@
 """Prompts to ids: text, chat template, and what both refuse."""
 
 import asyncio
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,21 @@ async def test_no_chat_template(tmp_path: Path) -> None:
     tokenizer = PromptTokenizer.load(router_model.write(tmp_path / "plain", chat_template=None))
     with pytest.raises(InvalidRequestError, match="has no chat template"):
         await tokenizer.encode_chat(chat(ChatMessage(role="user", content="x")))
+
+
+@pytest.mark.parametrize(("told", "torch"), [("TokenizersBackend", "without"), ("GPT2Tokenizer", "with")])
+def test_a_plain_tokenizer_needs_no_torch(tmp_path: Path, told: str, torch: str) -> None:
+    folder = router_model.write(tmp_path / "model")
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tokenizer_class": told}))
+    script = (
+        "import pathlib, sys; from zipserve.router.tokenizer import PromptTokenizer; "
+        f"tokenizer = PromptTokenizer.load(pathlib.Path({str(folder)!r})); "
+        "print(tokenizer.decode([5, 6, 7]), 'torch' in sys.modules)"
+    )
+    answer = subprocess.run([sys.executable, "-P", "-c", script], check=True, capture_output=True, text=True).stdout
+    expected = PromptTokenizer.load(folder).decode([5, 6, 7])
+    assert answer.rstrip("\n") == f"{expected} {torch == 'with'}"
 
 
 @pytest.mark.skipif(not default_folder().is_dir(), reason="the default model is not converted yet (make install)")

@@ -5,6 +5,7 @@ the GIL, so that streams of other requests go on meanwhile.
 """
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,10 @@ T = TypeVar("T")
 
 _INLINE_MAX = 2048
 """Shorter prompts, in characters or ids, are handled on the event loop; that takes about a millisecond at most."""
+
+
+_PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""Of tokenizers that are nothing but their tokenizer.json, by the names that tokenizer_config.json has for them."""
 
 
 class PromptTokenizer:
@@ -51,9 +56,7 @@ class PromptTokenizer:
         Raises:
             InvalidRequestError: the folder has no fast tokenizer (tokenizer.json, or files that convert to it).
         """
-        from transformers import AutoTokenizer  # noqa: PLC0415  takes seconds, and tests of the rest do without
-
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = _read(folder)
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise InvalidRequestError(f"model folder {folder} has no fast tokenizer (tokenizer.json)", field="model")
@@ -99,3 +102,20 @@ class PromptTokenizer:
         # the batch form, because the single one keeps the GIL
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return encoding.ids
+
+
+def _read(folder: Path) -> Any:
+    # transformers takes seconds to import; `AutoTokenizer` also has it import torch where that is installed, which takes
+    # more of them, and 300 MB
+    if _is_plain(folder):
+        from transformers import PreTrainedTokenizerFast as Way  # noqa: PLC0415
+    else:
+        from transformers import AutoTokenizer as Way  # type: ignore[assignment]  # noqa: PLC0415
+    return Way.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _is_plain(folder: Path) -> bool:
+    config = folder / "tokenizer_config.json"
+    if not (config.is_file() and (folder / "tokenizer.json").is_file()):
+        return False
+    return json.loads(config.read_text()).get("tokenizer_class") in _PLAIN_CLASSES
