@@ -24,7 +24,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", default=models.DEFAULT_MODEL, help="whose tokenizer is used (default: SmolLM2)")
     options.add_argument(
         "--parts", nargs="+", choices=PARTS, default=PARTS, metavar="PART",
-        help="latency: what it adds to the first token at 50 requests per second; throughput and http: tokens "
+        help="latency: what it adds to the first token at 50 requests per second, against calls of the workers "
+        "themselves; throughput and http: tokens "
         "per second of many streams, over gRPC and as server-sent events; memory: growth over 20,000 requests "
         "(default: all)",
     )  # fmt: skip
@@ -52,9 +53,10 @@ def _bars(part: str, found: Latency | Throughput | Memory, *, decides: bool) -> 
     names = {"throughput": "gRPC", "http": "HTTP"}
     match found:
         case Latency():
+            added = [found.p50_s - found.direct_p50_s, found.p99_s - found.direct_p99_s]
             return [
-                Check("added to the first token, p50 [ms]", found.p50_s * 1e3, "<=", 3.0, decides),
-                Check("added to the first token, p99 [ms]", found.p99_s * 1e3, "<=", 10.0, decides),
+                Check("added to the first token, p50 [ms]", added[0] * 1e3, "<=", 3.0, decides),
+                Check("added to the first token, p99 [ms]", added[1] * 1e3, "<=", 10.0, decides),
             ]
         case Throughput():
             return [

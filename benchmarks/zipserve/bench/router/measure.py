@@ -14,16 +14,22 @@ from zipserve.bench.router.rig import Rig, Usage
 from zipserve.bench.serve import arrivals as schedule
 from zipserve.bench.serve.arrivals import Arrival
 from zipserve.bench.serve.drive import drive, warm_up
-from zipserve.bench.serve.endpoints import GrpcEndpoint
-from zipserve.bench.serve.records import quantile
+from zipserve.bench.serve.endpoints import Ask, GrpcEndpoint, Prompt
+from zipserve.bench.serve.records import Record, quantile
 from zipserve.client import AsyncClient
 from zipserve.common.errors import InternalError
+from zipserve.common.rpc.channel import ChannelPool
+from zipserve.v1.decode_service_pb2 import DecodeRequest
+from zipserve.v1.decode_service_pb2_grpc import DecodeServiceStub
 from zipserve.v1.inference_service_pb2 import GenerateRequest, GenerateResponse, TokenIds
+from zipserve.v1.prefill_service_pb2 import PrefillRequest
+from zipserve.v1.prefill_service_pb2_grpc import PrefillServiceStub
 from zipserve.v1.sampling_pb2 import SamplingParams, StopConditions
 
 _GENERATE = "/zipserve.v1.InferenceService/Generate"
 _TIMEOUT_S = 300.0
 _PROMPT = [100] * 16
+_WARM_UP = 50
 
 T = TypeVar("T")
 
@@ -51,18 +57,20 @@ QUICK = Size(requests=50, streams=8, stream_tokens=200, lives=200, lives_before=
 
 @dataclass(frozen=True)
 class Latency:
-    """What the router adds to the time to the first token, in seconds."""
+    """Time to the first token in seconds: through the router, and of the same arrivals without it."""
 
     p50_s: float
     p99_s: float
+    direct_p50_s: float
+    direct_p99_s: float
     lag_p99_s: float
-    """By how much the client itself was late; counts in the above."""
+    """By how much the client itself was late."""
     cpu_s: float
     """Of the router, for one request."""
 
 
 async def latency(rig: Rig, size: Size) -> Latency:
-    """An open loop of text prompts. What the stub says to have taken for the prompt is not the router's.
+    """Two open loops, one after the other: of text prompts through the router, and of calls of the stubs themselves.
 
     Raises:
         InternalError: a request failed.
@@ -70,19 +78,63 @@ async def latency(rig: Rig, size: Size) -> Latency:
     randomness = random.Random(1)  # noqa: S311  the same load in every run
     at = schedule.times("poisson", size.rate, randomness)
     due = [Arrival(next(at), size.prompt_words, size.answer_tokens) for _ in range(size.requests)]
-    prompts = [" ".join(f"word{randomness.randrange(1000)}" for _ in range(a.prompt_tokens)) for a in due]
+    prompts: list[Prompt] = [" ".join(f"word{randomness.randrange(1000)}" for _ in range(a.prompt_tokens)) for a in due]
+    async with ChannelPool.within(rig.settings) as channels:
+        prefill, decode = await rig.stubs()
+        direct = await _open_loop(Direct(channels, prefill, decode).ask, due, [_PROMPT] * len(due))
     async with AsyncClient(rig.address) as client:
-        ask = GrpcEndpoint(client, _TIMEOUT_S).ask
-        await warm_up(ask, due[:50], [*prompts[:50]])
         before_s = rig.router.cpu_s()
-        records = await drive(ask, due, [*prompts])
+        through = await _open_loop(GrpcEndpoint(client, _TIMEOUT_S).ask, due, prompts)
         cpu_s = rig.router.cpu_s() - before_s
-    failed = [record.error for record in records if record.error or record.tokens != size.answer_tokens]
+    firsts, direct_firsts = ([record.ttft_s for record in records] for records in (through, direct))
+    return Latency(
+        p50_s=quantile(firsts, 0.5),
+        p99_s=quantile(firsts, 0.99),
+        direct_p50_s=quantile(direct_firsts, 0.5),
+        direct_p99_s=quantile(direct_firsts, 0.99),
+        lag_p99_s=quantile([record.lag_s for record in through], 0.99),
+        cpu_s=cpu_s / (len(due) + _WARM_UP),
+    )
+
+
+async def _open_loop(ask: Ask, due: list[Arrival], prompts: list[Prompt]) -> list[Record]:
+    await warm_up(ask, due[:_WARM_UP], prompts[:_WARM_UP])
+    records = await drive(ask, due, prompts)
+    failed = [
+        (record.error, record.tokens)
+        for record, arrival in zip(records, due, strict=True)
+        if record.error or record.tokens != arrival.output_tokens
+    ]
     if failed:
-        raise InternalError(f"{len(failed)} of {len(records)} requests failed: {failed[0]!r}")
-    added = [record.ttft_s - record.server["prefill_s"] - record.server["queue_s"] for record in records]
-    lags = [record.lag_s for record in records]
-    return Latency(quantile(added, 0.5), quantile(added, 0.99), quantile(lags, 0.99), cpu_s / len(records))
+        raise InternalError(
+            f"{len(failed)} of {len(records)} requests failed; error and tokens of the first: {failed[0]}"
+        )
+    return records
+
+
+class Direct:
+    """The stubs without a router before them, called as it would call them."""
+
+    def __init__(self, channels: ChannelPool, prefill: str, decode: str) -> None:
+        """
+        Args:
+            prefill: the stub's host:port.
+            decode: the other one's.
+        """
+        self._prefill = PrefillServiceStub(channels.get(prefill))
+        self._decode = DecodeServiceStub(channels.get(decode))
+
+    async def ask(self, prompt: Prompt, output_tokens: int, record: Record) -> None:
+        """See `Ask`; the prompt is one of token ids."""
+        assert not isinstance(prompt, str)
+        record.sent_s = time.perf_counter()
+        answer = await self._prefill.Prefill(PrefillRequest(token_ids=prompt), timeout=_TIMEOUT_S)
+        record.arrivals.append((time.perf_counter(), 1))
+        request = DecodeRequest(handle=answer.handle, token_id=answer.token_id, max_new_tokens=output_tokens - 1)
+        async for event in self._decode.Decode(request, timeout=_TIMEOUT_S):
+            if event.HasField("tokens"):
+                record.arrivals.append((time.perf_counter(), len(event.tokens.token_ids)))
+        record.ended_s = time.perf_counter()
 
 
 @dataclass(frozen=True)

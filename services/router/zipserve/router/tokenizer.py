@@ -105,8 +105,8 @@ class PromptTokenizer:
 
 
 def _read(folder: Path) -> Any:
-    # transformers takes seconds to import; `AutoTokenizer` also has it import torch where that is installed, which takes
-    # more of them, and 300 MB
+    # transformers takes seconds to import; `AutoTokenizer` also has it import torch where that is installed: more of
+    # them, and 300 MB
     if _is_plain(folder):
         from transformers import PreTrainedTokenizerFast as Way  # noqa: PLC0415
     else:
