@@ -52,6 +52,15 @@ def step_ms(model: StepModel, prompt_tokens: int, pairs: float, rows: int, conte
 
 
 @njit(cache=True, nogil=True)
+def steps_ms(model: StepModel, prompt_tokens: Floats, pairs: Floats, rows: Floats, context_tokens: Floats) -> Floats:
+    """The times of many steps, each argument [steps]."""
+    found = np.empty(len(rows))
+    for i in range(len(rows)):
+        found[i] = step_ms(model, prompt_tokens[i], pairs[i], rows[i], context_tokens[i])
+    return found
+
+
+@njit(cache=True, nogil=True)
 def _height(knots: Floats, slopes: Floats, x: float) -> float:
     """Of a piecewise linear curve that begins at 0."""
     height = 0.0
