@@ -162,6 +162,7 @@ class Device:
             threads=self._threads,
             weights=self._settings.weights,
             parameters=self._model.parameters,
+            heads=self._model.heads,
             step_tokens=self.step_tokens,
             sequences_max=self._settings.sequences_max,
         )
