@@ -13,7 +13,7 @@ import numpy as np
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.steps import Step
-from zipserve.planner.native.nonnegative import Floats, solve
+from zipserve.planner.native.nonnegative import Floats, solve_robust
 from zipserve.planner.native.step_model import StepModel, steps_ms
 
 Term = Literal["tokens", "pairs", "rows", "context"]
@@ -23,9 +23,6 @@ _KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 
 _SEGMENT_STEPS_MIN = 8
 _OPEN_MAX = 0.25
 """What a term makes of a step's time may be unsure by this share of it, one standard deviation."""
-_ROUNDS = 12
-_FAR = 2.0
-"""Beyond so many standard deviations a step counts for less, the farther the less."""
 _FOLDS = 5
 
 
@@ -203,7 +200,7 @@ def _fitted(table: StepTable, wanted: Sequence[Term], base: StepModel | None) ->
         )
     )
     known_ms = table.predicted_ms(kept) if kept is not None else nothing
-    found = _robust(A, table.ms - known_ms, known_ms, _shares(table))
+    found = solve_robust(A, table.ms - known_ms, known_ms, _shares(table))
     of_tokens, of_rows = np.split(found[3:], [tokens.columns.shape[1]])
     take_tokens, take_rows = "tokens" in wanted or kept is None, "rows" in wanted or kept is None
     return StepModel(
@@ -222,24 +219,6 @@ def _shares(table: StepTable) -> Floats:
     settings = np.column_stack([np.ceil(np.log2(1 + table.column(term))) for term in TERMS])
     _, which, counts = np.unique(settings, axis=0, return_inverse=True, return_counts=True)
     return np.asarray(1 / np.sqrt(counts[which.reshape(-1)]))
-
-
-def _robust(A: Floats, ms: Floats, known_ms: Floats, shares: Floats) -> Floats:
-    """Non-negative least squares of relative errors, in which what is far off counts for little.
-
-    Args:
-        ms: to be explained by A, beside `known_ms`.
-    """
-    predicted, weights = ms + known_ms, shares
-    found = np.zeros(A.shape[1])
-    for _ in range(_ROUNDS):
-        scale = np.sqrt(weights) / predicted
-        found = solve(A * scale[:, None], ms * scale)
-        predicted = np.maximum(A @ found + known_ms, 1e-6)
-        off = np.abs((ms + known_ms) / predicted - 1)
-        deviation = max(1.4826 * float(np.median(off)), 1e-6)
-        weights = shares * np.minimum(1.0, _FAR * deviation / np.maximum(off, 1e-12))
-    return found
 
 
 def _errors(table: StepTable, model: StepModel) -> Floats:
