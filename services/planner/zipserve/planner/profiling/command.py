@@ -11,7 +11,9 @@ from pathlib import Path
 
 from zipserve.common import log
 from zipserve.common.errors import InvalidRequestError
-from zipserve.planner.native.profile import Link, WorkerProfile, as_document, load, save
+from zipserve.planner.native.document import read
+from zipserve.planner.native.profile import Link, RoleProfile, WorkerProfile, as_document, load, save
+from zipserve.planner.native.roofline import DataSheet, roofline
 from zipserve.planner.profiling.assembly import Kind, file_name, kinds, profile_of
 from zipserve.planner.profiling.calls import link_of, try_overhead_ms
 from zipserve.planner.profiling.cluster import Cluster, ProfileSettings, Watched, opened, watching
@@ -47,6 +49,10 @@ def parser() -> argparse.ArgumentParser:
     how_long = parser.add_mutually_exclusive_group()
     how_long.add_argument("--minutes", type=float, default=5.0, metavar="M", help="of load, at most 10 (default: 5)")
     how_long.add_argument("--quick", action="store_true", help="15 seconds of short prompts: to try it out")
+    how_long.add_argument(
+        "--data-sheet", type=Path, metavar="FILE",
+        help="no cluster at all: JSON of what a device promises (docs/planner.md), for the models of --base",
+    )  # fmt: skip
     parser.add_argument("--live", action="store_true", help="no load of our own: learn from what is served now")
     parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="to watch with --live (default: 60)")
     parser.add_argument(
@@ -64,16 +70,15 @@ def run(options: argparse.Namespace) -> int:
         ZipserveError, OSError, ValueError: an option cannot be, the cluster cannot be reached, or what it did does not
             tell how fast it is.
     """
-    if not 0 < options.minutes <= 10 or not options.seconds > 0 or options.tokens_max < 1:
-        raise InvalidRequestError(
-            f"--minutes {options.minutes:g}, --seconds {options.seconds:g}, --tokens-max {options.tokens_max}: it takes "
-            "above 0 to 10 minutes, above 0 seconds, and at least 1 token",
-            field="minutes",
-        )
+    for name, most in (("minutes", 10), ("seconds", 86_400), ("tokens_max", 1 << 20)):
+        value = getattr(options, name)
+        if not 0 < value <= most:
+            told = f"--{name.replace('_', '-')} {value:g} is not above 0 and at most {most}"
+            raise InvalidRequestError(told, field=name)
     log.configure(level="error", style="console")
     bases = [load(path) for path in options.base]
     options.out.mkdir(parents=True, exist_ok=True)
-    profiles = asyncio.run(_profiles(options, bases))
+    profiles = _promised(options, bases) if options.data_sheet else asyncio.run(_profiles(options, bases))
     paths = [options.out / file_name(profile) for profile in profiles]
     for profile, path in zip(profiles, paths, strict=True):
         save(profile, path)
@@ -86,6 +91,18 @@ def settings_of(options: argparse.Namespace) -> ProfileSettings:
     known = json.loads((options.log_dir / STACK_FILE).read_text()) if options.log_dir else {}
     asked = {"redis_url": options.redis, "cluster": options.cluster}
     return ProfileSettings(**known, **{name: value for name, value in asked.items() if value})
+
+
+def _promised(options: argparse.Namespace, bases: Sequence[WorkerProfile]) -> list[WorkerProfile]:
+    """Profiles of a device that nobody has measured, one for each older one."""
+    if not bases:
+        raise InvalidRequestError("--data-sheet says nothing of models: it needs a --base for each", field="base")
+    sheet = read(DataSheet, json.loads(options.data_sheet.read_text()), "data sheet")
+    return [roofline(sheet, base, _now()) for base in bases]
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 async def _profiles(options: argparse.Namespace, bases: Sequence[WorkerProfile]) -> list[WorkerProfile]:
@@ -104,9 +121,8 @@ async def _profiles(options: argparse.Namespace, bases: Sequence[WorkerProfile])
             links = await _links(cluster, _CALLS_SHARE * seconds, tokens_max)
             key = options.api_key_file.read_text().strip() if options.api_key_file else ""
             overhead_ms = await try_overhead_ms(cluster, key)
-        made_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         return [
-            profile_of(those, links.get(kind), overhead_ms, made_at, _base(bases, kind))
+            profile_of(those, links.get(kind), overhead_ms, _now(), _base(bases, kind))
             for kind, those in kinds(cluster.workers).items()
         ]
 
@@ -137,13 +153,18 @@ def _lines(profiles: Sequence[WorkerProfile], paths: Sequence[Path]) -> list[str
     lines = []
     for profile, path in zip(profiles, paths, strict=True):
         lines.append(f"{profile.model} on {profile.hardware.device}, {profile.tensor}-way, {profile.codec}: {path}")
-        for name, role in profile.roles.items():
-            lines.append(
-                f"  {name:8} {role.steps} steps of {', '.join(role.terms)}; off by {role.error_p50:.1%} at the median "
-                f"and {role.error_p90:.1%} at the 90th percentile of steps that were not learned from"
-            )
+        lines += [f"  {name:8} {_of_role(role)}" for name, role in profile.roles.items()]
         if profile.link is not None:
             lines.append(f"  pulls    {profile.link.bytes_per_s / 1e6:.0f} MB/s after {profile.link.fixed_ms:.1f} ms")
         if profile.overhead_ms is not None:
             lines.append(f"  requests {profile.overhead_ms:.1f} ms besides queues and steps")
     return lines
+
+
+def _of_role(role: RoleProfile) -> str:
+    if not role.steps:
+        return "not measured: what the device promises"
+    return (
+        f"{role.steps} steps of {', '.join(role.terms)}; off by {role.error_p50:.1%} at the median and "
+        f"{role.error_p90:.1%} at the 90th percentile of steps that were not learned from"
+    )

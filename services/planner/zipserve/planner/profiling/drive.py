@@ -39,9 +39,8 @@ async def drive(cluster: Cluster, seconds: float, tokens_max: int, seed: int = 0
         for worker in cluster.workers
     ]
     with suppress(TimeoutError):
-        async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
-            for driver in drivers:
-                group.create_task(driver.run())
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*(driver.run() for driver in drivers))
 
 
 async def prefilled(channels: ChannelPool, worker: Watched, token_ids: Sequence[int]) -> PrefillResponse:

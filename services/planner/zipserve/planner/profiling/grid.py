@@ -4,7 +4,7 @@ A round goes once through all settings, in another order and with other lengths 
 long as there is time, so that a slow minute of the machine falls on all settings alike.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -56,7 +56,7 @@ def prompts(limits: Limits, random: Random) -> Iterator[list[int]]:
     """One round of prompts: the lengths of those that come together."""
     sizes = [
         (batch, length)
-        for length in _LENGTHS
+        for length in _up_to(limits.tokens_max, _LENGTHS)
         for batch in _BATCHES
         if batch * length <= (_BATCH_TOKENS_MAX if batch > 1 else limits.tokens_max)
     ]
@@ -69,9 +69,9 @@ def rows(limits: Limits, random: Random) -> Iterator[Rows]:
     """One round of sequences that decode, by themselves and with prompts beside them in turns."""
     sizes = [
         (count, context)
-        for context in _CONTEXTS
+        for context in _up_to(limits.tokens_max, _CONTEXTS)
         for count in _ROWS
-        if count * context <= _CONTEXT_TOKENS_MAX and context <= limits.tokens_max
+        if count * context <= _CONTEXT_TOKENS_MAX
     ]
     random.shuffle(sizes)
     for number, (count, context) in enumerate(sizes):
@@ -81,8 +81,13 @@ def rows(limits: Limits, random: Random) -> Iterator[Rows]:
 
 
 def _beside(limits: Limits, random: Random) -> tuple[int, ...]:
-    lengths = [length for length in _LENGTHS if length <= min(limits.tokens_max, _BATCH_TOKENS_MAX)]
+    lengths = _up_to(min(limits.tokens_max, _BATCH_TOKENS_MAX), _LENGTHS)
     return tuple(_near(random.choice(lengths), limits, random) for _ in range(8))
+
+
+def _up_to(most: int, lengths: Sequence[int]) -> list[int]:
+    """The shorter ones, and the longest that may be."""
+    return [*(length for length in lengths if length < most), most]
 
 
 def _near(tokens: int, limits: Limits, random: Random) -> int:
