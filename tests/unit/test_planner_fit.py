@@ -150,7 +150,7 @@ def test_context_that_only_grows_with_the_rows_is_left_open() -> None:
 
 
 def test_few_steps_are_no_measure() -> None:
-    with pytest.raises(InvalidRequestError, match="3 steps are no measure, it takes at least 40"):
+    with pytest.raises(InvalidRequestError, match="3 steps are no measure, it takes at least 24"):
         fit([Step(1, 1, 0, 0, 0.1)] * 3)
 
 

@@ -18,7 +18,7 @@ from zipserve.planner.native.step_model import StepModel, steps_ms
 
 Term = Literal["tokens", "pairs", "rows", "context"]
 TERMS: tuple[Term, ...] = get_args(Term)
-STEPS_MIN = 40
+STEPS_MIN = 24
 _KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 _SEGMENT_STEPS_MIN = 8
 _OPEN_MAX = 0.25

@@ -15,7 +15,7 @@ from zipserve.common.rpc.status import client_errors
 from zipserve.common.settings import ServiceSettings
 from zipserve.common.steps import Step
 from zipserve.planner.native.profile import Role
-from zipserve.planner.profiling.grid import Limits
+from zipserve.planner.profiling.grid import ROOM_TOKENS, Limits
 from zipserve.v1.worker_service_pb2 import ListStepsRequest, WorkerRole
 from zipserve.v1.worker_service_pb2_grpc import WorkerServiceStub
 
@@ -63,7 +63,7 @@ class Watched:
     def limits(self, tokens_max: int) -> Limits:
         """What it bears, in sequences of up to so many tokens."""
         facts, load = self.record.capabilities, self.record.load
-        context = facts.context_tokens - 64  # room to generate
+        context = facts.context_tokens - ROOM_TOKENS
         held = load.total_blocks * facts.block_tokens // 2
         return Limits(
             facts.sequences_max,

@@ -23,9 +23,9 @@ from zipserve.v1.sampling_pb2 import SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, seed=1)
 _TIMEOUT_S = 300.0
-_TOKENS = 24
+_TOKENS = 8
 """That every sequence decodes in a setting, at least."""
-_TOKENS_MIXED = 40
+_TOKENS_MIXED = 12
 
 
 async def drive(cluster: Cluster, seconds: float, tokens_max: int, seed: int = 0) -> None:
@@ -105,7 +105,11 @@ class _Driver:
         await self._stream(self._ids(tokens), 1, lambda _: None)
 
     async def _decode(self, rows: Rows) -> None:
-        """Has all sequences decode until the last one to begin has its tokens."""
+        """Has all sequences decode until the last one to begin has its tokens.
+
+        Their prompts are computed before: beside sequences that decode they would take long.
+        """
+        await asyncio.gather(*(self._prepare(lane, context) for lane, context in enumerate(rows.contexts)))
         wanted = _TOKENS_MIXED if rows.beside else _TOKENS
         left, done = [wanted] * len(rows.contexts), asyncio.Event()
 
@@ -117,14 +121,19 @@ class _Driver:
 
             return count
 
-        most = self._limits.tokens_max
         tasks: list[Coroutine[Any, Any, None]] = [
-            self._stream(self._lane(lane)[:context], min(32 * wanted, max(wanted, most - context)), counting(lane))
+            self._stream(self._lane(lane)[:context], grid.ROOM_TOKENS, counting(lane))
             for lane, context in enumerate(rows.contexts)
         ]
         if rows.beside:
             tasks.append(self._computing(rows.beside))
         await _until(done, tasks)
+
+    async def _prepare(self, lane: int, context: int) -> None:
+        """Computes the whole blocks of a sequence, unless they are still there."""
+        block_tokens = self._limits.block_tokens
+        if context > block_tokens:
+            await self._stream(self._lane(lane)[: context // block_tokens * block_tokens + 1], 1, lambda _: None)
 
     async def _computing(self, lengths: Sequence[int]) -> None:
         for tokens in cycle(lengths):

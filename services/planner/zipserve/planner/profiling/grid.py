@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from random import Random
 
-_LENGTHS = (4, 12, 24, 48, 80, 128, 200, 320, 512, 900, 1600, 2800, 5000, 9000)
-_CONTEXTS = (32, 128, 400, 1000, 2000, 5000, 9000)
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
-_BATCHES = (1, 2, 4, 8)
-_BATCH_TOKENS_MAX = 2048
+_LENGTHS = (4, 12, 32, 64, 110, 180, 300, 600, 1200, 2400, 4800, 9600)
+_BATCHES = (1, 3, 8)
+_BATCH_TOKENS_MAX = 600
 """Of prompts that come together; longer ones come one by one."""
-_CONTEXT_TOKENS_MAX = 12_000
-"""Of all sequences that decode together: computing their prompts takes most of the time."""
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
+_CONTEXT_BLOCKS = (0, 1, 3, 8, 16, 32, 64)
+_CONTEXT_TOKENS_MAX = 6_000
+"""Of all sequences that decode together: computing their prompts takes time."""
+ROOM_TOKENS = 128
+"""Beyond its context, for what a sequence decodes until all have their tokens."""
 _SHARE = 0.6
 """Of a worker's slabs that are used at most; others may be at work there."""
 
@@ -47,7 +49,7 @@ class Rows:
     """Sequences that decode together."""
 
     contexts: tuple[int, ...]
-    """Tokens of each when it begins."""
+    """Tokens of each when it begins: few, or a bit more than whole blocks, which are there from before."""
     beside: tuple[int, ...]
     """Lengths of prompts that are computed meanwhile, one after the other, again and again; empty: none."""
 
@@ -68,14 +70,14 @@ def prompts(limits: Limits, random: Random) -> Iterator[list[int]]:
 def rows(limits: Limits, random: Random) -> Iterator[Rows]:
     """One round of sequences that decode, by themselves and with prompts beside them in turns."""
     sizes = [
-        (count, context)
-        for context in _up_to(limits.tokens_max, _CONTEXTS)
+        (count, blocks)
+        for blocks in _CONTEXT_BLOCKS
         for count in _ROWS
-        if count * context <= _CONTEXT_TOKENS_MAX
+        if count * blocks * limits.block_tokens <= _CONTEXT_TOKENS_MAX
     ]
     random.shuffle(sizes)
-    for number, (count, context) in enumerate(sizes):
-        contexts = tuple(_near(context, limits, random) for _ in range(count))
+    for number, (count, blocks) in enumerate(sizes):
+        contexts = tuple(blocks * limits.block_tokens + random.randint(1, 8) for _ in range(count))
         if limits.fits(list(contexts)):
             yield Rows(contexts, _beside(limits, random) if number % 2 else ())
 
