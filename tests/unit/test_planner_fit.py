@@ -84,6 +84,7 @@ def test_a_known_model_is_found_in_noisy_steps(
     assert np.quantile(off, 0.95) < 0.06
     assert found.terms == TERMS
     assert 0.01 < found.error_p50 < 0.04, "held-out errors are those of the noise"
+    assert found.setting_error_p50 < found.error_p50, "which medians are spared"
 
 
 counts = st.integers(0, 300)

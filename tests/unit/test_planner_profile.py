@@ -29,7 +29,7 @@ LAYOUT = Layout("a-model", "0123", layers=30, kv_heads=3, key_dim=64, value_dim=
 STEP = StepModel(
     5.0, np.array([0.0, 64.0]), np.array([0.3, 0.6]), 2e-4, np.array([0.0, 8.0]), np.array([0.5, 1.5]), 1e-3
 )
-PREFILL = RoleProfile(STEP, ("tokens", "pairs"), 256, 32, 256, 64, 1_000, 0.02, 0.06)
+PREFILL = RoleProfile(STEP, ("tokens", "pairs"), 256, 32, 256, 64, 1_000, 0.02, 0.06, 0.01, 0.02)
 PROFILE = WorkerProfile(
     hardware=Hardware("cpu-1", 1, "checkpoint", 1),
     layout=LAYOUT,

@@ -24,6 +24,8 @@ _SEGMENT_STEPS_MIN = 8
 _OPEN_MAX = 0.25
 """What a term makes of a step's time may be unsure by this share of it, one standard deviation."""
 _FOLDS = 5
+_REPEATS_MIN = 4
+"""Of a setting, for its median to say more than a step does."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,9 @@ class Fit:
     error_p50: float
     """Relative, of steps that a fit to the others has not seen: half of them are off by less."""
     error_p90: float
+    setting_error_p50: float
+    """The same of the medians of steps that did the same: the machine's noise is mostly left out."""
+    setting_error_p90: float
 
 
 def fit(steps: Sequence[Step], base: StepModel | None = None) -> Fit:
@@ -91,13 +96,10 @@ def fit(steps: Sequence[Step], base: StepModel | None = None) -> Fit:
         raise InvalidRequestError(_told(table, left_open), field="steps")
     wanted = [term for term in present if term not in left_open]
     model = _fitted(table, wanted, base)
-    folds = np.arange(len(table)) % _FOLDS
-    errors = [
-        _errors(table.some(folds == fold), _fitted(table.some(folds != fold), wanted, base)) for fold in range(_FOLDS)
-    ]
-    p50, p90 = np.quantile(np.concatenate(errors), (0.5, 0.9))
+    ratios = _unseen_ratios(table, wanted, base)
+    of_settings = _medians(ratios, np.round(2 * _settings(table)))
     terms = tuple(term for term in TERMS if term in present or (base is not None and _has(base, term)))
-    return Fit(model, terms, len(table), float(p50), float(p90))
+    return Fit(model, terms, len(table), *_errors(ratios), *_errors(of_settings if len(of_settings) else ratios))
 
 
 def open_terms(table: StepTable) -> list[Term]:
@@ -216,11 +218,33 @@ def _fitted(table: StepTable, wanted: Sequence[Term], base: StepModel | None) ->
 
 def _shares(table: StepTable) -> Floats:
     """How much each step counts: of a setting (within a factor of two) that came n times, 1 / sqrt(n)."""
-    settings = np.column_stack([np.ceil(np.log2(1 + table.column(term))) for term in TERMS])
-    _, which, counts = np.unique(settings, axis=0, return_inverse=True, return_counts=True)
+    _, which, counts = np.unique(np.ceil(_settings(table)), axis=0, return_inverse=True, return_counts=True)
     return np.asarray(1 / np.sqrt(counts[which.reshape(-1)]))
 
 
-def _errors(table: StepTable, model: StepModel) -> Floats:
-    """Relative, without sign."""
-    return np.abs(table.predicted_ms(model) / table.ms - 1)
+def _settings(table: StepTable) -> Floats:
+    """What was in each step, in powers of two, [steps, terms]."""
+    return np.column_stack([np.log2(1 + table.column(term)) for term in TERMS])
+
+
+def _unseen_ratios(table: StepTable, wanted: Sequence[Term], base: StepModel | None) -> Floats:
+    """What each step took, in units of what a fit to the steps of other folds says."""
+    folds = np.arange(len(table)) % _FOLDS
+    ratios = np.empty(len(table))
+    for fold in range(_FOLDS):
+        unseen = table.some(folds == fold)
+        ratios[folds == fold] = unseen.ms / unseen.predicted_ms(_fitted(table.some(folds != fold), wanted, base))
+    return ratios
+
+
+def _medians(ratios: Floats, settings: Floats) -> Floats:
+    """Of each setting that came at least a few times."""
+    _, which, counts = np.unique(settings, axis=0, return_inverse=True, return_counts=True)
+    which = which.reshape(-1)
+    return np.array([np.median(ratios[which == i]) for i in np.flatnonzero(counts >= _REPEATS_MIN)])
+
+
+def _errors(ratios: Floats) -> tuple[float, float]:
+    """50th and 90th percentile of relative errors, without sign."""
+    p50, p90 = np.quantile(np.abs(1 / ratios - 1), (0.5, 0.9))
+    return float(p50), float(p90)

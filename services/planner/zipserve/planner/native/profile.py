@@ -65,6 +65,9 @@ class RoleProfile:
     error_p50: float
     """Relative, of steps that were not learned from."""
     error_p90: float
+    setting_error_p50: float
+    """The same of medians of steps that did the same, without the noise of the machine."""
+    setting_error_p90: float
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ def roofline(sheet: DataSheet, like: WorkerProfile, made_at: str, weights: str =
         )
     step, knee = _step(sheet, like, weight_bytes)
     tokens = int(min(max(4 * knee, like.block_tokens), _STEP_TOKENS_MAX))
-    part = RoleProfile(step, TERMS, tokens, _SLOTS, blocks, _SLOTS, 0, 0.0, 0.0)
+    part = RoleProfile(step, TERMS, tokens, _SLOTS, blocks, _SLOTS, 0, 0.0, 0.0, 0.0, 0.0)
     return replace(
         like,
         hardware=Hardware(sheet.device, 0, weights, like.hardware.pipeline),

@@ -83,6 +83,8 @@ def _role(role: Role, workers: Sequence[Watched], older: RoleProfile | None) -> 
         steps=found.steps,
         error_p50=found.error_p50,
         error_p90=found.error_p90,
+        setting_error_p50=found.setting_error_p50,
+        setting_error_p90=found.setting_error_p90,
     )
 
 

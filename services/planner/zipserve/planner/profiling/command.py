@@ -165,6 +165,7 @@ def _of_role(role: RoleProfile) -> str:
     if not role.steps:
         return "not measured: what the device promises"
     return (
-        f"{role.steps} steps of {', '.join(role.terms)}; off by {role.error_p50:.1%} at the median and "
-        f"{role.error_p90:.1%} at the 90th percentile of steps that were not learned from"
+        f"{role.steps} steps of {', '.join(role.terms)}; of those that were not learned from half are off by less than "
+        f"{role.error_p50:.1%}, 90 % by less than {role.error_p90:.1%}; of medians of equal ones by less than "
+        f"{role.setting_error_p50:.1%} and {role.setting_error_p90:.1%}"
     )
