@@ -3,7 +3,7 @@ cache."""
 
 import asyncio
 import secrets
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from itertools import cycle
 from random import Random
@@ -89,7 +89,7 @@ class _Driver:
             if (batch := next(lengths, None)) is not None:
                 await self._admitted(asyncio.gather(*map(self._compute, batch)))
 
-    async def _admitted(self, work: Any) -> None:
+    async def _admitted(self, work: Awaitable[object]) -> None:
         """What a busy worker has no room for is left out."""
         with suppress(OverloadedError, DeadlineError):
             await work
@@ -113,7 +113,7 @@ class _Driver:
         wanted = _TOKENS_MIXED if rows.beside else _TOKENS
         left, done = [wanted] * len(rows.contexts), asyncio.Event()
 
-        def counting(lane: int) -> Any:
+        def counting(lane: int) -> Callable[[int], None]:
             def count(tokens: int) -> None:
                 left[lane] -= tokens
                 if max(left) <= 0:
@@ -139,7 +139,7 @@ class _Driver:
         for tokens in cycle(lengths):
             await self._admitted(self._compute(tokens))
 
-    async def _stream(self, token_ids: Sequence[int], new_tokens: int, on_tokens: Any) -> None:
+    async def _stream(self, token_ids: Sequence[int], new_tokens: int, on_tokens: Callable[[int], None]) -> None:
         request = DecodeRequest(
             request_id=request_id(),
             prompt_token_ids=token_ids,

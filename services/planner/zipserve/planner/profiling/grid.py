@@ -77,7 +77,9 @@ def rows(limits: Limits, random: Random) -> Iterator[Rows]:
     ]
     random.shuffle(sizes)
     for number, (count, blocks) in enumerate(sizes):
-        contexts = tuple(blocks * limits.block_tokens + random.randint(1, 8) for _ in range(count))
+        contexts = tuple(
+            min(blocks * limits.block_tokens + random.randint(1, 8), limits.tokens_max) for _ in range(count)
+        )
         if limits.fits(list(contexts)):
             yield Rows(contexts, _beside(limits, random) if number % 2 else ())
 
