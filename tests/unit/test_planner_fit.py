@@ -45,7 +45,7 @@ def facts(draw: Draw, count: int, kinds: tuple[str, ...] = ("prompts", "rows", "
 
 def steps_of(truth: StepModel, rows: np.ndarray, noise: np.ndarray) -> list[Step]:
     ms = steps_ms(truth, *rows.T.astype(float)) * noise
-    return [Step(*map(int, row), time / 1e3) for row, time in zip(rows, ms, strict=True)]
+    return [Step(int(t), int(p), int(r), int(c), time / 1e3) for (t, p, r, c), time in zip(rows, ms, strict=True)]
 
 
 def test_a_curve_rises_by_its_slopes() -> None:

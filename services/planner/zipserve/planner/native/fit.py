@@ -21,7 +21,7 @@ TERMS: tuple[Term, ...] = get_args(Term)
 STEPS_MIN = 24
 _KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 _SEGMENT_STEPS_MIN = 8
-_OPEN_MAX = 0.25
+_OPEN_MAX = 0.5
 """What a term makes of a step's time may be unsure by this share of it, one standard deviation."""
 _FOLDS = 5
 _REPEATS_MIN = 4

@@ -32,7 +32,7 @@ class StepModel(NamedTuple):
 
 
 @njit(cache=True, nogil=True)
-def step_ms(model: StepModel, prompt_tokens: int, pairs: float, rows: int, context_tokens: float) -> float:
+def step_ms(model: StepModel, prompt_tokens: float, pairs: float, rows: float, context_tokens: float) -> float:
     """The time of a step in ms.
 
     Args:
@@ -69,4 +69,4 @@ def _height(knots: Floats, slopes: Floats, x: float) -> float:
         if x <= knots[i]:
             return height
         height += slopes[i] * (min(x, knots[i + 1]) - knots[i])
-    return height + slopes[last] * max(0.0, x - knots[last])
+    return float(height + slopes[last] * max(0.0, x - knots[last]))

@@ -24,7 +24,7 @@ STACK_FILE = "stack.json"
 _CALLS_SHARE = 0.15
 """Of the time, for pulls, by the way through the router."""
 _QUICK_S = 20.0
-_QUICK_TOKENS_MAX = 300
+_QUICK_TOKENS_MAX = 600
 
 
 def parser() -> argparse.ArgumentParser:
