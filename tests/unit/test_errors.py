@@ -33,7 +33,12 @@ from zipserve.v1.decode_service_pb2_grpc import (
     DecodeServiceStub,
     add_DecodeServiceServicer_to_server,
 )
-from zipserve.v1.worker_service_pb2 import GetCapabilitiesRequest, GetCapabilitiesResponse
+from zipserve.v1.worker_service_pb2 import (
+    GetCapabilitiesRequest,
+    GetCapabilitiesResponse,
+    ListStepsRequest,
+    ListStepsResponse,
+)
 from zipserve.v1.worker_service_pb2_grpc import (
     WorkerServiceServicer,
     WorkerServiceStub,
@@ -53,6 +58,9 @@ class Failing(WorkerServiceServicer, DecodeServiceServicer):
     """Events of a stream before the error."""
 
     async def GetCapabilities(self, request: GetCapabilitiesRequest, context: Context) -> GetCapabilitiesResponse:
+        raise self.error
+
+    async def ListSteps(self, request: ListStepsRequest, context: Context) -> ListStepsResponse:
         raise self.error
 
     async def Decode(self, request: DecodeRequest, context: Context) -> AsyncIterator[DecodeResponse]:

@@ -33,12 +33,14 @@ def build() -> argparse.ArgumentParser:
     bench.add_argument("name", nargs="?", metavar="NAME", help="which one")
     bench.add_argument("arguments", nargs=argparse.REMAINDER, metavar="…", help="its own options; try NAME --help")
     _add_keys(commands.add_parser("keys", help="make API keys for the router"))
-    # what is no option here is left to the planner, also what looks like one; the module `plan` is another matter
-    plan = commands.add_parser(
-        "plan", prefix_chars="\0", add_help=False, help="find the best placement for a model, a workload and limits"
-    )
-    plan.add_argument("arguments", nargs=argparse.REMAINDER)
-    plan.set_defaults(command="planner")
+    for name, module, help_text in (
+        ("plan", "zipserve.planner", "find the best placement for a model, a workload and limits"),
+        ("profile", "zipserve.planner.profiling", "learn how fast the workers of a running cluster are"),
+    ):
+        # what is no option here is left to the planner, also what looks like one; the module `plan` is another matter
+        planner = commands.add_parser(name, prefix_chars="\0", add_help=False, help=help_text)
+        planner.add_argument("arguments", nargs=argparse.REMAINDER)
+        planner.set_defaults(command="planner", module=module)
     commands.add_parser("version", help="show the versions of zipserve and of what it runs on")
     return parser
 

@@ -1,4 +1,5 @@
-"""`zipserve plan …`: runs the planner as a process of its own, because it loads what the client does not."""
+"""`zipserve plan …`, `zipserve profile …`: runs the planner as a process of its own, because it loads what the client
+does not."""
 
 import argparse
 import importlib.util
@@ -12,6 +13,6 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write("zipserve: this installation has no planner; install zipserve[planner]\n")
         return 2
     # -P: `python -m` would put the working directory on the path, where transformers takes kernels/ for a package.
-    command = [sys.executable, "-P", "-m", "zipserve.planner", *options.arguments]
+    command = [sys.executable, "-P", "-m", options.module, *options.arguments]
     status = subprocess.run(command, check=False).returncode
     return status if status >= 0 else 128 - status

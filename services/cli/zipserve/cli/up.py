@@ -122,8 +122,9 @@ def _http_address(wish: str | None, *, once: bool) -> str:
 
 
 def _tell_where(setup: Setup) -> None:
-    """For `zipserve top`, and for nobody else: Redis' URL has a password."""
-    found = {"redis_url": setup.stack.redis_url, "cluster": setup.stack.cluster}
+    """For `zipserve top` and `zipserve profile`, and for nobody else: Redis' URL has a password."""
+    stack = setup.stack
+    found = {"redis_url": stack.redis_url, "cluster": stack.cluster, "secret": stack.secret}
     path = setup.log_dir / STACK_FILE
     path.touch(mode=0o600)
     path.write_text(json.dumps(found))

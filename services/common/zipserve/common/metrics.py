@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 from prometheus_client.metrics import MetricWrapperBase
 
 from zipserve.common.quick_histogram import QuickHistogram
+from zipserve.common.steps import StepLog
 
 M = TypeVar("M", bound=MetricWrapperBase)
 
@@ -59,6 +60,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.described: list[Described] = []
         """All that the service tells."""
+        self.steps = StepLog()
+        """Of a worker: told one by one (`WorkerService.ListSteps`), not to Prometheus."""
         self._service = service
         self.build_info = self._gauge(
             "build_info", "1; the labels tell what runs here", SERVICES,

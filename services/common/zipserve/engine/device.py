@@ -158,7 +158,18 @@ class Device:
             block_tokens=self.layout.block_tokens,
             version=__version__,
             layout=message_of(self.layout),
+            device=self._device_name(),
+            threads=self._threads,
+            weights=self._settings.weights,
+            parameters=self._model.parameters,
+            heads=self._model.heads,
+            step_tokens=self.step_tokens,
+            sequences_max=self._settings.sequences_max,
         )
+
+    def _device_name(self) -> str:
+        device = torch.device(self._settings.device)
+        return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
     @property
     def context_tokens(self) -> int:
@@ -174,6 +185,7 @@ class Device:
         settings = self._settings
         if settings.threads:
             torch.set_num_threads(settings.threads)
+        self._threads = torch.get_num_threads()
         disable_progress_bar()  # type: ignore[no-untyped-call]
         files = models.resolve(settings.model)
         self._model = load_ready(files, settings.dtype, settings.device, weights=settings.weights)

@@ -83,6 +83,7 @@ def wrap(module: Any, name: str, revision: str, context_tokens: int | None = Non
         revision=revision,
         dtype=dtype,
         device=parameter.device,
+        parameters=sum(each.numel() for each in module.parameters()),
         vocab_tokens=vocab,
         context_tokens=context,
         eos_token_ids=_eos_token_ids(module),

@@ -27,6 +27,8 @@ class LoadedModel:
     revision: str
     dtype: str
     device: torch.device
+    parameters: int
+    """Each once, though it may be tied to several places."""
     vocab_tokens: int
     context_tokens: int
     """Longest sequence, prompt and answer together."""

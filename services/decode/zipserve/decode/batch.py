@@ -1,6 +1,7 @@
 """What the device does for the sequences of a decode worker: a step of all, or one that makes room. In its thread."""
 
 from zipserve.common.errors import ZipserveError
+from zipserve.common.steps import Step, pairs_of
 from zipserve.decode.checkpoints import Checkpoints
 from zipserve.decode.stream import Stream
 from zipserve.engine.device import Device
@@ -12,6 +13,14 @@ Turn = tuple[Stream, int]
 """A stream of a step, and how many of its tokens are computed."""
 Outcome = Drawn | ZipserveError | None
 """Of one stream of a step: its next token, or why it failed; None: its prompt goes on."""
+
+
+def step_of(turns: list[Turn]) -> Step:
+    """What will be in a step of these turns; how long it takes is not known yet."""
+    chunks = [(stream.sequence.length, count) for stream, count in turns if stream.left]
+    contexts = [stream.sequence.length + 1 for stream, _ in turns if not stream.left]
+    pairs = sum(pairs_of(before, count) for before, count in chunks)
+    return Step(sum(count for _, count in chunks), pairs, len(contexts), sum(contexts), 0.0)
 
 
 class Batch:

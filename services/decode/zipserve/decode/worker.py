@@ -5,6 +5,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 
 from zipserve.common import log, tracing
 from zipserve.common.chunking import share
@@ -19,10 +20,11 @@ from zipserve.common.errors import (
 from zipserve.common.kv.pools import Slabs
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
+from zipserve.common.steps import Step
 from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.puller import KvPuller
 from zipserve.common.transfer.source import KvSource
-from zipserve.decode.batch import Batch, Outcome, Turn
+from zipserve.decode.batch import Batch, Outcome, Turn, step_of
 from zipserve.decode.checkpoints import Checkpoints, check_chain, local_slabs
 from zipserve.decode.pacing import Pacing
 from zipserve.decode.scheduler import DecodeScheduler, Ticket
@@ -181,9 +183,10 @@ class DecodeWorker:
             self._work.clear()
             while (victim := self._scheduler.victim()) is not None:
                 await self._make_room(victim.payload)
+            started_s = time.monotonic()
             turns = self._turns([ticket.payload for ticket in self._scheduler.grow()])
             if turns:
-                await self._run_step(turns)
+                await self._run_step(turns, started_s)
                 self._work.set()
 
     def _turns(self, streams: list[Stream]) -> list[Turn]:
@@ -193,12 +196,13 @@ class DecodeWorker:
         shares = share(prompts, self._pacing.chunk_tokens(len(decoding)))
         return [*((stream, 1) for stream in decoding), *shares.items()]
 
-    async def _run_step(self, turns: list[Turn]) -> None:
+    async def _run_step(self, turns: list[Turn], started_s: float) -> None:
+        step = step_of(turns)
         self._in_use = [stream for stream, _ in turns]
         for stream, tokens in turns:
             stream.place()
             self._checkpoints.plan(stream, tokens)
-        outcomes = await self._try_step(turns)
+        outcomes = await self._try_step(turns, step)
         self._in_use = []
         for (stream, _), outcome in zip(turns, outcomes, strict=True):
             if isinstance(outcome, ZipserveError):
@@ -207,10 +211,10 @@ class DecodeWorker:
                 self._advance(stream, outcome)
             if stream.gone:
                 self._free(stream)
+        if not any(isinstance(outcome, ZipserveError) for outcome in outcomes):
+            self._metrics.steps.note(replace(step, seconds=time.monotonic() - started_s))
 
-    async def _try_step(self, turns: list[Turn]) -> list[Outcome]:
-        rows = sum(not stream.left for stream, _ in turns)
-        tokens = sum(count for stream, count in turns if stream.left)
+    async def _try_step(self, turns: list[Turn], step: Step) -> list[Outcome]:
         started_s = time.monotonic()
         try:
             outcomes = await self._device.run(self._batch.step, turns)
@@ -219,7 +223,7 @@ class DecodeWorker:
             error = UnavailableError("a decode step failed; the worker's log has the details")
             return [error for _ in turns]
         seconds = time.monotonic() - started_s
-        self._pacing.note(rows, tokens, seconds)
+        self._pacing.note(step.rows, step.prompt_tokens, seconds)
         self._metrics.step_seconds.observe(seconds)
         return outcomes
 

@@ -11,6 +11,7 @@ from zipserve.common.kv.prefix import chain_salt, prefix_hashes
 from zipserve.common.kv.seals import Seals
 from zipserve.common.metrics import Metrics
 from zipserve.common.rpc.channel import Deadline
+from zipserve.common.steps import Step, pairs_of
 from zipserve.common.transfer.fetch import PrefixFetcher
 from zipserve.common.transfer.source import KvSource
 from zipserve.engine.device import Device
@@ -149,23 +150,24 @@ class PrefillWorker:
         while True:
             await self._work.wait()
             self._work.clear()
-            step = self._scheduler.next_step(time.monotonic())
+            now_s = time.monotonic()
+            step = self._scheduler.next_step(now_s)
             for job in step.late:
                 _fail(job.payload, DeadlineError("the deadline is too near for what is left of the prompt"))
                 self._drop(job)
             if step.chunks:
-                await self._run(step.chunks)
+                await self._run(step.chunks, now_s)
                 self._work.set()
             self._note_idle()
 
-    async def _run(self, chunks: list[Chunk[Prompt]]) -> None:
-        started_s = time.monotonic()
+    async def _run(self, chunks: list[Chunk[Prompt]], started_s: float) -> None:
         self._stepping = [chunk.job for chunk in chunks]
         starting = [job for job in self._stepping if job.payload.sequence is None]
         for job in starting:
             self._start(job, started_s)
         refused = await self._refused([job for job in starting if job.run])
         chunks = [chunk for chunk in chunks if chunk.job not in refused]
+        tokens, pairs = _work_of(chunks)
         outcomes = await self._try_compute(chunks) if chunks else []
         self._stepping = []
         ended_s = time.monotonic()
@@ -178,6 +180,8 @@ class PrefillWorker:
             self._finish(chunk.job, outcome, ended_s)
         for job in refused:
             self._restart(job)
+        if chunks and not any(isinstance(outcome, ZipserveError) for outcome in outcomes):
+            self._metrics.steps.note(Step(tokens, pairs, 0, 0, time.monotonic() - started_s))
 
     def _start(self, job: Job[Prompt], now_s: float) -> None:
         prompt = job.payload
@@ -284,6 +288,11 @@ def _segment(chunk: Chunk[Prompt]) -> Segment:
     assert sequence is not None
     wants_logprobs = job.payload.samplers[0].params.prompt_logprobs is not None
     return Segment(sequence, job.payload.token_ids[job.computed : job.computed + chunk.tokens], wants_logprobs)
+
+
+def _work_of(chunks: list[Chunk[Prompt]]) -> tuple[int, int]:
+    """Tokens of a step, and pairs of them with those that they attend to."""
+    return sum(chunk.tokens for chunk in chunks), sum(pairs_of(chunk.job.computed, chunk.tokens) for chunk in chunks)
 
 
 def _fail(prompt: Prompt, error: Exception) -> None:

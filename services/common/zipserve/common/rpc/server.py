@@ -12,16 +12,20 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from zipserve.common import log, telemetry
-from zipserve.common.errors import InternalError
+from zipserve.common.errors import InternalError, InvalidRequestError
 from zipserve.common.metrics import Metrics
 from zipserve.common.registry import RegistryWriter
 from zipserve.common.rpc import Context
 from zipserve.common.rpc.door import ClusterTokens, Entrance
+from zipserve.common.rpc.duration import to_duration
 from zipserve.common.rpc.interceptor import ServiceInterceptor
 from zipserve.common.settings import ServiceSettings
+from zipserve.common.steps import Step
 from zipserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 _log = log.get()
+_STEPS_MAX = 4096
+"""In one answer; about 100 kB."""
 
 
 class Service(Protocol):
@@ -58,7 +62,7 @@ class Service(Protocol):
 
 
 class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
-    """Tells a worker's capabilities and load."""
+    """Tells a worker's capabilities and load, and its last steps."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -69,6 +73,30 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
         return worker_service_pb2.GetCapabilitiesResponse(
             capabilities=self._service.capabilities(), load=self._service.load()
         )
+
+    async def ListSteps(
+        self, request: worker_service_pb2.ListStepsRequest, context: Context
+    ) -> worker_service_pb2.ListStepsResponse:
+        log = self._service.metrics.steps
+        if request.after > log.last:
+            raise InvalidRequestError(
+                f"after is {request.after}, the last step is {log.last}: has the worker started anew?", field="after"
+            )
+        steps, last, lost = log.after(request.after, min(request.max or _STEPS_MAX, _STEPS_MAX))
+        facts = self._service.capabilities()
+        return worker_service_pb2.ListStepsResponse(
+            steps=map(_told, steps), next=last, lost=lost, incarnation=facts.incarnation if facts else 0
+        )
+
+
+def _told(step: Step) -> worker_service_pb2.WorkerStep:
+    return worker_service_pb2.WorkerStep(
+        prompt_tokens=step.prompt_tokens,
+        pairs=step.pairs,
+        rows=step.rows,
+        context_tokens=step.context_tokens,
+        duration=to_duration(step.seconds),
+    )
 
 
 async def serve(

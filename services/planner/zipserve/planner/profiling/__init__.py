@@ -1,0 +1,1 @@
+"""`zipserve profile`: learns from a running cluster how fast its workers are."""
