@@ -2,12 +2,9 @@
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import nnls
 
 Floats = NDArray[np.float64]
-_RELATIVE = 1e-10
-"""Of the columns' scale: less than this counts as nothing."""
-
-
 _ROUNDS = 12
 _FAR = 2.0
 """Beyond so many standard deviations an equation counts for less, the farther the less."""
@@ -38,39 +35,15 @@ def solve_robust(A: Floats, b: Floats, known: Floats | float = 0.0, shares: Floa
 def solve(A: Floats, b: Floats) -> Floats:
     """The x >= 0 for which A x is nearest to b.
 
-    Source: Lawson and Hanson, Solving Least Squares Problems, chapter 23.
-
     Args:
         A: [equations, unknowns], equations at least 1.
         b: [equations]
     """
     scale = np.linalg.norm(A, axis=0)
     scale[scale == 0] = 1.0
+    if not A.shape[1]:
+        return np.zeros(0)
     # the same problem in as many equations as there are unknowns
-    R: Floats = np.linalg.qr(np.column_stack((A / scale, b)), mode="r")
-    found: Floats = _active_set(R[:, :-1], R[:, -1]) / scale
-    return found
-
-
-def _active_set(A: Floats, b: Floats) -> Floats:
-    """Frees one unknown after the other, the one that helps most, and ties those to 0 again that would fall below."""
-    unknowns = A.shape[1]
-    x, free = np.zeros(unknowns), np.zeros(unknowns, bool)
-    least = _RELATIVE * np.linalg.norm(b)
-    for _ in range(3 * unknowns):
-        helps = np.where(free, -np.inf, A.T @ (b - A @ x))
-        if not unknowns or helps.max() <= least:
-            break
-        free[helps.argmax()] = True
-        while True:
-            wish = np.zeros(unknowns)
-            wish[free] = np.linalg.lstsq(A[:, free], b, rcond=None)[0]
-            falls = free & (wish <= 0)
-            if not falls.any():
-                x = wish
-                break
-            reach = (x[falls] / np.maximum(x[falls] - wish[falls], np.finfo(float).tiny)).min()
-            x = x + reach * (wish - x)
-            free &= ~(falls & (x <= least))
-            x[~free] = 0.0
-    return x
+    R = np.linalg.qr(np.column_stack((A / scale, b)), mode="r")
+    found: Floats = nnls(R[:, :-1], R[:, -1])[0]
+    return found / scale
