@@ -1,0 +1,54 @@
+"""What is late, and when so much is that a run need not go on. Compiled."""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from zipserve.planner.native import columns as c
+from zipserve.planner.native.state import State
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+
+class Goal(NamedTuple):
+    """Objectives, each for a class of requests or for all."""
+
+    limits_ms: Floats
+    """[objectives, 5]: on TTFT, TPOT, largest gap, end to end time, and any gap by itself; inclusive."""
+    classes: Ints
+    """Class of each; -1: all."""
+    misses_max: Ints
+    """Requests that may be late, or gaps where each counts by itself; one more, and the run is given up."""
+
+
+@njit(nogil=True)
+def note_time(goal: Goal, state: State, request: int, what: int, value_ms: float) -> None:
+    """A time of a request is known: TTFT, TPOT, its largest gap so far, or end to end."""
+    requests = state.requests
+    for q in range(len(goal.classes)):
+        mask = 1 << q
+        if value_ms <= goal.limits_ms[q, what] or requests[request, c.LATE] & mask:
+            continue
+        if goal.classes[q] == c.NONE or goal.classes[q] == requests[request, c.CLASS]:
+            requests[request, c.LATE] |= mask
+            _count(goal, state, q)
+
+
+@njit(nogil=True)
+def note_gap(goal: Goal, state: State, request: int, gap_ms: float) -> None:
+    """A gap is longer than some objective allows."""
+    note_time(goal, state, request, c.GAP, gap_ms)
+    for q in range(len(goal.classes)):
+        applies = goal.classes[q] == c.NONE or goal.classes[q] == state.requests[request, c.CLASS]
+        if applies and gap_ms > goal.limits_ms[q, c.EVERY_GAP]:
+            _count(goal, state, q)
+
+
+@njit(nogil=True)
+def _count(goal: Goal, state: State, objective: int) -> None:
+    state.late[objective] += 1
+    if state.late[objective] > goal.misses_max[objective]:
+        state.counters[c.IS_LOST] = 1
