@@ -10,6 +10,7 @@ from zipserve.planner.native.traffic import extras
 from zipserve.planner.native.workers import DecodeWorker, Link, PrefillWorker, Router, check_limit, check_worker
 from zipserve.planner.workload import Workload
 
+
 @dataclass(frozen=True, eq=False)
 class Cluster:
     """Workers of each role, which may differ, and what lies between them.
@@ -63,8 +64,8 @@ class Cluster:
         if self.router.local_tokens_max >= 0 and longest > self.router.local_tokens_max and not self.prefills:
             where = self.router.local_tokens_max
             return (
-                f"a prompt of {longest} tokens needs a prefill worker, and there is none: decode workers compute those of "
-                f"at most {where}"
+                f"a prompt of {longest} tokens needs a prefill worker, and there is none: decode workers compute those "
+                f"of at most {where}"
             )
         local = prompts <= self.router.local_tokens_max
         remote = prompts[~local] if self.router.local_tokens_max >= 0 else prompts[:0]
@@ -78,7 +79,7 @@ class Cluster:
             if needed > worker.blocks:
                 tokens = int(totals.max())
                 return f"a sequence of {tokens} tokens needs {needed} KV blocks, decode worker {i} has {worker.blocks}"
-        return extras(workload).refusal(min(worker.kv.block_tokens for worker in self.decodes))
+        return extras(workload).refusal(max(worker.kv.block_tokens for worker in self.decodes))
 
     def _check_wires(self) -> None:
         shape = len(self.prefills), len(self.decodes)

@@ -1,7 +1,7 @@
 """What the arrays of a compiled run hold, column by column.
 
-A run knows requests, and stations: all prefill workers, then all decode workers, then all links. Each has a row of whole
-numbers and one of times. Tokens are counted in tokens, KV in blocks, time in ms.
+A run knows requests, and stations: all prefill workers, then all decode workers, then all links. Each has a row of
+whole numbers and one of times. Tokens are counted in tokens, KV in blocks, time in ms.
 """
 
 # Of a request, whole numbers. What a decode step touches comes first.

@@ -1,8 +1,7 @@
-"""A decode worker: its line, its batch, prompts in chunks beside it, and who makes room when blocks run out. Compiled."""
-
-from numba import njit
+"""A decode worker: its line, its batch, prompts in chunks beside it, and who makes room for whom. Compiled."""
 
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.lateness import Goal, note_gap
 from zipserve.planner.native.links import post_pull
 from zipserve.planner.native.lists import append, insert, remove
@@ -22,7 +21,7 @@ from zipserve.planner.native.state import State
 from zipserve.planner.native.steps import begin_step, end_step, want_step
 
 
-@njit(nogil=True)
+@compiled
 def enter_line(machines: Machines, state: State, worker: int, request: int, now_ms: float) -> None:
     """A sequence comes, with its first token or with its prompt to be computed, and is admitted when there is room."""
     station, requests = state.stations[worker], state.requests
@@ -33,7 +32,7 @@ def enter_line(machines: Machines, state: State, worker: int, request: int, now_
     admit(machines, state, worker, now_ms)
 
 
-@njit(nogil=True)
+@compiled
 def admit(machines: Machines, state: State, worker: int, now_ms: float) -> None:
     """Admits from the line, whose first is never overtaken: those that were parked run again, the others are pulled, or
     their prompts computed."""
@@ -51,7 +50,7 @@ def admit(machines: Machines, state: State, worker: int, now_ms: float) -> None:
         request = state.stations[worker, c.HEAD]
 
 
-@njit(nogil=True)
+@compiled
 def join_pulled(machines: Machines, state: State, worker: int, request: int) -> None:
     """A sequence has its KV, and joins the batch."""
     state.requests[request, c.TOKENS] += 1
@@ -60,7 +59,7 @@ def join_pulled(machines: Machines, state: State, worker: int, request: int) -> 
     _run(machines, state, worker, request)
 
 
-@njit(nogil=True)
+@compiled
 def begin_decode(machines: Machines, state: State, worker: int, now_ms: float) -> None:
     """Begins a step of all that run, or rests: when nothing runs, or the only one waits for a block."""
     station, size = state.stations[worker], machines.sizes[worker]
@@ -87,7 +86,7 @@ def begin_decode(machines: Machines, state: State, worker: int, now_ms: float) -
     begin_step(machines, state, worker, now_ms, tokens, pairs, rows, context)
 
 
-@njit(nogil=True)
+@compiled
 def end_decode(machines: Machines, state: State, goal: Goal, worker: int, now_ms: float) -> tuple[int, int]:
     """Ends a step: everybody that decodes has a token more.
 
@@ -113,7 +112,7 @@ def end_decode(machines: Machines, state: State, goal: Goal, worker: int, now_ms
     return started, done
 
 
-@njit(nogil=True)
+@compiled
 def _count_tokens(machines: Machines, state: State, goal: Goal, worker: int, now_ms: float) -> int:
     """Notes a gap for each sequence that decodes; those that are complete change places with the last running ones."""
     station, requests, times, rows = state.stations[worker], state.requests, state.times, state.rows
@@ -143,7 +142,7 @@ def _count_tokens(machines: Machines, state: State, goal: Goal, worker: int, now
     return done
 
 
-@njit(nogil=True)
+@compiled
 def _run(machines: Machines, state: State, worker: int, request: int) -> None:
     """A sequence is in the batch from its next step on."""
     station = state.stations[worker]
@@ -157,7 +156,7 @@ def _run(machines: Machines, state: State, worker: int, request: int) -> None:
     want_step(state, worker)
 
 
-@njit(nogil=True)
+@compiled
 def _leave_row(state: State, worker: int, row: int) -> None:
     """The last row takes the place of one that is given up."""
     station, rows = state.stations[worker], state.rows
@@ -166,7 +165,7 @@ def _leave_row(state: State, worker: int, row: int) -> None:
     rows[worker, row], rows[worker, last] = rows[worker, last], rows[worker, row]
 
 
-@njit(nogil=True)
+@compiled
 def _park_youngest(machines: Machines, state: State, worker: int) -> None:
     """The last in rank makes room, and stands in the line before those that never ran, by rank."""
     station, requests = state.stations[worker], state.requests
@@ -189,7 +188,7 @@ def _park_youngest(machines: Machines, state: State, worker: int) -> None:
     insert(state.stations, requests, worker, request, after)
 
 
-@njit(nogil=True)
+@compiled
 def _prompts_by_rank(state: State, worker: int, running: int) -> int:
     """Lays out the running sequences whose prompts are not complete, by rank; returns how many they are."""
     requests, order = state.requests, state.order

@@ -1,8 +1,8 @@
 """The run of a whole cluster, event by event: the clock jumps to whatever ends or comes next. Compiled.
 
 Nothing is sampled or cut into time steps, so that a run is exact in double precision, and the same every time. At one
-instant all that comes and ends is booked first: arrivals, then by the order of the stations. Then workers that rest begin
-their next steps, so that what comes together is computed together.
+instant all that comes and ends is booked first: arrivals, then by the order of the stations. Then workers that rest
+begin their next steps, so that what comes together is computed together.
 
 The code that numba keeps on disk is found by the file of the compiled function alone, while here most of it comes from
 other modules. So only the whole is kept, under a key with the digest of all of them.
@@ -16,23 +16,23 @@ import numpy as np
 from numba import njit
 
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.decode import admit, begin_decode, end_decode, enter_line, join_pulled
-from zipserve.planner.native.lateness import Goal, note_time
+from zipserve.planner.native.lateness import Goal, note_refused, note_time
 from zipserve.planner.native.links import end_pull
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.prefill import begin_prefill, end_prefill, enter_queue
 from zipserve.planner.native.residency import release_prompt
 from zipserve.planner.native.routing import choose, note_end, try_admit
-from zipserve.planner.native.state import Floats, State
+from zipserve.planner.native.state import State
 from zipserve.planner.native.steps import want_step
 
 
-@njit(nogil=True)
+@compiled
 def _arrive(machines: Machines, state: State, goal: Goal, request: int, now_ms: float) -> None:
-    """A request comes. One that is refused never has a token, and is late in everything."""
+    """A request comes."""
     if not try_admit(machines, state, request):
-        for what in range(c.EVERY_GAP):
-            note_time(goal, state, request, what, np.inf)
+        note_refused(goal, state, request)
         return
     choose(machines, state, request)
     prefill, decode = state.requests[request, c.PREFILL], state.requests[request, c.DECODE]
@@ -43,7 +43,7 @@ def _arrive(machines: Machines, state: State, goal: Goal, request: int, now_ms: 
         want_step(state, prefill)
 
 
-@njit(nogil=True)
+@compiled
 def _tell_first(machines: Machines, state: State, goal: Goal, worker: int, request: int, now_ms: float) -> None:
     """The first token goes to the client."""
     times = state.times
@@ -52,7 +52,7 @@ def _tell_first(machines: Machines, state: State, goal: Goal, worker: int, reque
     note_time(goal, state, request, c.TTFT, ttft_ms)
 
 
-@njit(nogil=True)
+@compiled
 def _tell_last(machines: Machines, state: State, goal: Goal, request: int, now_ms: float) -> None:
     """The last token goes to the client."""
     requests, times = state.requests, state.times
@@ -65,7 +65,7 @@ def _tell_last(machines: Machines, state: State, goal: Goal, request: int, now_m
     note_end(state, request)
 
 
-@njit(nogil=True)
+@compiled
 def _end(machines: Machines, state: State, goal: Goal, station: int, now_ms: float) -> None:
     """What a station is doing ends."""
     if station < len(machines.wires):
@@ -90,7 +90,7 @@ def _end(machines: Machines, state: State, goal: Goal, station: int, now_ms: flo
         join_pulled(machines, state, state.requests[request, c.DECODE], request)
 
 
-@njit(nogil=True)
+@compiled
 def _begin_steps(machines: Machines, state: State, now_ms: float) -> None:
     """All that is booked at this instant is known to the workers that rest."""
     state.counters[c.DIRTY_STATIONS] = 0
@@ -112,7 +112,7 @@ def _digest() -> str:
 
 
 def _compiled(sources: str) -> Callable[[Machines, State, Goal], bool]:
-    @njit(cache=True, nogil=True)
+    @njit(cache=True, nogil=True, error_model="numpy", _nrt=False)
     def run(machines: Machines, state: State, goal: Goal) -> bool:
         """Simulates all requests, in `state`, which has to be fresh; False if an objective was missed and the run was
         given up."""

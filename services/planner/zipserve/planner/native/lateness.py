@@ -3,10 +3,10 @@
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.state import State
 
 Ints = NDArray[np.int64]
@@ -24,7 +24,7 @@ class Goal(NamedTuple):
     """Requests that may be late, or gaps where each counts by itself; one more, and the run is given up."""
 
 
-@njit(nogil=True)
+@compiled
 def note_time(goal: Goal, state: State, request: int, what: int, value_ms: float) -> None:
     """A time of a request is known: TTFT, TPOT, its largest gap so far, or end to end."""
     requests = state.requests
@@ -37,7 +37,7 @@ def note_time(goal: Goal, state: State, request: int, what: int, value_ms: float
             _count(goal, state, q)
 
 
-@njit(nogil=True)
+@compiled
 def note_gap(goal: Goal, state: State, request: int, gap_ms: float) -> None:
     """A gap is longer than some objective allows."""
     note_time(goal, state, request, c.GAP, gap_ms)
@@ -47,7 +47,16 @@ def note_gap(goal: Goal, state: State, request: int, gap_ms: float) -> None:
             _count(goal, state, q)
 
 
-@njit(nogil=True)
+@compiled
+def note_refused(goal: Goal, state: State, request: int) -> None:
+    """A request that never has a token is late in everything, with all the gaps that it would have had."""
+    for what in range(c.EVERY_GAP):
+        note_time(goal, state, request, what, np.inf)
+    for _ in range(state.requests[request, c.OUTPUT]):
+        note_gap(goal, state, request, np.inf)
+
+
+@compiled
 def _count(goal: Goal, state: State, objective: int) -> None:
     state.late[objective] += 1
     if state.late[objective] > goal.misses_max[objective]:

@@ -5,16 +5,16 @@ times as long as one alone, and a small one behind a large one waits for it.
 """
 
 import numpy as np
-from numba import njit
 
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.lists import append, remove
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.residency import has_tail
 from zipserve.planner.native.state import State
 
 
-@njit(nogil=True)
+@compiled
 def post_pull(machines: Machines, state: State, request: int, now_ms: float) -> None:
     """Posts the read of a prompt's blocks and tail, of which its decode worker has none but those that it has found."""
     requests = state.requests
@@ -34,7 +34,7 @@ def post_pull(machines: Machines, state: State, request: int, now_ms: float) -> 
     append(state.stations, requests, station, request)
 
 
-@njit(nogil=True)
+@compiled
 def end_pull(state: State, station: int) -> int:
     """Takes the pull off its link that has ended; returns its request."""
     request = state.stations[station, c.HEAD]

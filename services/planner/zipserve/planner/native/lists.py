@@ -1,21 +1,21 @@
 """Lists of requests at stations, linked through the requests: each stands in one at most. Compiled."""
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 
 Ints = NDArray[np.int64]
 
 
-@njit(nogil=True)
+@compiled
 def append(stations: Ints, requests: Ints, station: int, request: int) -> None:
     """Puts a request at the end."""
     insert(stations, requests, station, request, c.NONE)
 
 
-@njit(nogil=True)
+@compiled
 def insert(stations: Ints, requests: Ints, station: int, request: int, after: int) -> None:
     """Puts a request before another one of the list, or at the end."""
     before = stations[station, c.TAIL] if after == c.NONE else requests[after, c.BEFORE]
@@ -30,7 +30,7 @@ def insert(stations: Ints, requests: Ints, station: int, request: int, after: in
         requests[after, c.BEFORE] = request
 
 
-@njit(nogil=True)
+@compiled
 def remove(stations: Ints, requests: Ints, station: int, request: int) -> None:
     """Takes a request out."""
     before, after = requests[request, c.BEFORE], requests[request, c.AFTER]

@@ -1,12 +1,13 @@
 """How many tokens of prompts a decode worker adds to a step: what it learns, and what it makes of that. Compiled.
 
-The rule of the decode worker's own `pacing.py`, number by number: what it has learned when a prompt comes depends on the
-steps before, and converges to no constant while prompts and batches differ.
+The rule of the decode worker's own `pacing.py`, number by number: what it has learned when a prompt comes depends on
+the steps before, and converges to no constant while prompts and batches differ.
 """
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from zipserve.planner.native.compiled import compiled
 
 Floats = NDArray[np.float64]
 
@@ -18,7 +19,7 @@ _SHARE_MIN = 0.05
 _LEAST = 1e-9
 
 
-@njit(nogil=True)
+@compiled
 def chunk_tokens(paces_ms: Floats, rows: int, step_tokens: int, slowdown_max: float) -> int:
     """Tokens of prompts for a step in which `rows` sequences decode."""
     if rows == 0:
@@ -31,7 +32,7 @@ def chunk_tokens(paces_ms: Floats, rows: int, step_tokens: int, slowdown_max: fl
     return max(whole, CHUNK_TOKENS_MIN)
 
 
-@njit(nogil=True)
+@compiled
 def note_step(paces_ms: Floats, rows: int, tokens: int, took_ms: float) -> None:
     """Learns from a step that decoded `rows` sequences and computed `tokens` tokens of prompts."""
     kind = _bits(rows)
@@ -42,14 +43,14 @@ def note_step(paces_ms: Floats, rows: int, tokens: int, took_ms: float) -> None:
     paces_ms[0] = _averaged(paces_ms[0], max(took_ms - decode_ms, _SHARE_MIN * took_ms, _LEAST) / tokens)
 
 
-@njit(nogil=True)
+@compiled
 def _averaged(known: float, sample: float) -> float:
     if known <= 0.0:
         return sample
     return known + _WEIGHT * (min(max(sample, known / _OUTLIER), known * _OUTLIER) - known)
 
 
-@njit(nogil=True)
+@compiled
 def _bits(number: int) -> int:
     bits = 0
     while number:

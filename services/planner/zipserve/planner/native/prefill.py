@@ -1,8 +1,7 @@
 """A prefill worker: its queue, and steps of as many tokens as it may compute at once. Compiled."""
 
-from numba import njit
-
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.lists import append, remove
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.residency import leave_slot, try_start
@@ -11,14 +10,14 @@ from zipserve.planner.native.state import State
 from zipserve.planner.native.steps import begin_step, end_step
 
 
-@njit(nogil=True)
+@compiled
 def enter_queue(state: State, worker: int, request: int) -> None:
     """A prompt comes."""
     append(state.stations, state.requests, worker, request)
     state.stations[worker, c.ENTERED] += 1
 
 
-@njit(nogil=True)
+@compiled
 def begin_prefill(machines: Machines, state: State, worker: int, now_ms: float) -> None:
     """Begins a step of what has come, or rests. When the first in line has no slabs, nobody else starts either."""
     count = _by_rank(state, worker)
@@ -32,7 +31,7 @@ def begin_prefill(machines: Machines, state: State, worker: int, now_ms: float) 
         begin_step(machines, state, worker, now_ms, tokens, pairs, 0, 0)
 
 
-@njit(nogil=True)
+@compiled
 def end_prefill(state: State, worker: int) -> int:
     """Ends a step. Those whose prompt is complete come first in `state.chunks`; returns how many they are."""
     requests = state.requests
@@ -46,7 +45,7 @@ def end_prefill(state: State, worker: int) -> int:
     return complete
 
 
-@njit(nogil=True)
+@compiled
 def _by_rank(state: State, worker: int) -> int:
     """Lays out the prompts of a worker in the order in which they came; returns how many they are."""
     count = 0

@@ -1,17 +1,16 @@
 """Who holds which slots, blocks and tails of a worker. Compiled.
 
-Of the blocks that a worker only keeps for later prompts nothing is seen here: they count as free, as they do there. What
-a request has found in them counts as its own, so that requests that share blocks hold a little more here than there.
+Of the blocks that a worker only keeps for later prompts nothing is seen here: they count as free, as they do there.
+What a request has found in them counts as its own: requests that share blocks hold a little more here than there.
 """
 
-from numba import njit
-
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.state import State
 
 
-@njit(nogil=True)
+@compiled
 def try_start(machines: Machines, state: State, worker: int, request: int) -> bool:
     """Whether a prompt now gets its slot and slabs on a prefill worker: all that it will fill."""
     station, size = state.stations[worker], machines.sizes[worker]
@@ -29,13 +28,13 @@ def try_start(machines: Machines, state: State, worker: int, request: int) -> bo
     return True
 
 
-@njit(nogil=True)
+@compiled
 def leave_slot(state: State, worker: int) -> None:
     """A prompt is complete: others may have its slot, its slabs it keeps."""
     _take(state, worker, 0, 0, -1)
 
 
-@njit(nogil=True)
+@compiled
 def release_prompt(machines: Machines, state: State, request: int) -> None:
     """The lease of a prompt ends: its slabs on the prefill worker are free. Its slot was before."""
     worker = state.requests[request, c.PREFILL]
@@ -43,7 +42,7 @@ def release_prompt(machines: Machines, state: State, request: int) -> None:
     _take(state, worker, -(prompt // block_tokens), -has_tail(prompt, block_tokens), 0)
 
 
-@njit(nogil=True)
+@compiled
 def try_hold(machines: Machines, state: State, worker: int, request: int) -> bool:
     """Whether a sequence now gets its slot and slabs on a decode worker: those for its tokens, when as many blocks are
     left that everybody can grow by one. Alone on the worker it gets them all the same."""
@@ -64,7 +63,7 @@ def try_hold(machines: Machines, state: State, worker: int, request: int) -> boo
     return True
 
 
-@njit(nogil=True)
+@compiled
 def let_go(machines: Machines, state: State, worker: int, request: int) -> None:
     """A running sequence gives back its slot and slabs. Its tail, it was done with at the end of its first step."""
     station, block_tokens = state.stations[worker], machines.sizes[worker, c.BLOCK_TOKENS]
@@ -74,7 +73,7 @@ def let_go(machines: Machines, state: State, worker: int, request: int) -> None:
     state.requests[request, c.HELD] = 0
 
 
-@njit(nogil=True)
+@compiled
 def make_room(machines: Machines, state: State, worker: int, request: int) -> None:
     """A running sequence gives back all that it holds, before its next step."""
     station = state.stations[worker]
@@ -85,7 +84,7 @@ def make_room(machines: Machines, state: State, worker: int, request: int) -> No
     let_go(machines, state, worker, request)
 
 
-@njit(nogil=True)
+@compiled
 def free_spent_tails(state: State, worker: int) -> None:
     """A step has unpacked the tails of those for whom it was the first."""
     station = state.stations[worker]
@@ -94,7 +93,7 @@ def free_spent_tails(state: State, worker: int) -> None:
     station[c.SPENT_TAILS] = 0
 
 
-@njit(nogil=True)
+@compiled
 def grow(machines: Machines, state: State, worker: int) -> None:
     """Gives all running sequences the blocks that their next step needs; there have to be enough."""
     station, block_tokens = state.stations[worker], machines.sizes[worker, c.BLOCK_TOKENS]
@@ -110,21 +109,21 @@ def grow(machines: Machines, state: State, worker: int) -> None:
     station[c.MISSING] = 0
 
 
-@njit(nogil=True)
+@compiled
 def misses_block(machines: Machines, state: State, worker: int, request: int) -> int:
     """Whether a sequence needs one block more than it holds; it never needs two."""
     tokens, held = state.requests[request, c.TOKENS], state.requests[request, c.HELD]
     return int(tokens >= (held + 1) * machines.sizes[worker, c.BLOCK_TOKENS])
 
 
-@njit(nogil=True)
+@compiled
 def is_fresh(machines: Machines, state: State, worker: int, request: int) -> int:
     """Whether a running sequence still has the tail that was pulled for it: until its first step has ended."""
     is_new = state.requests[request, c.TOKENS] == state.requests[request, c.PROMPT] + 1
     return int(is_new and pulls_tail(machines, state, worker, request) == 1)
 
 
-@njit(nogil=True)
+@compiled
 def pulls_tail(machines: Machines, state: State, worker: int, request: int) -> int:
     """Whether a tail is pulled for a sequence. Who was parked brings its own along."""
     if state.requests[request, c.PREFILL] == c.NONE or state.requests[request, c.PARKED]:
@@ -132,19 +131,19 @@ def pulls_tail(machines: Machines, state: State, worker: int, request: int) -> i
     return has_tail(state.requests[request, c.PROMPT], machines.sizes[worker, c.BLOCK_TOKENS])
 
 
-@njit(nogil=True)
+@compiled
 def has_tail(tokens: int, block_tokens: int) -> int:
     """Whether something follows the last block."""
     return int(tokens % block_tokens > 0)
 
 
-@njit(nogil=True)
+@compiled
 def _blocks_max(state: State, request: int, block_tokens: int) -> int:
     """Blocks of a sequence in the end."""
     return int((state.requests[request, c.PROMPT] + state.requests[request, c.OUTPUT]) // block_tokens)
 
 
-@njit(nogil=True)
+@compiled
 def _take(state: State, worker: int, blocks: int, tails: int, slots: int) -> None:
     station = state.stations[worker]
     station[c.BLOCKS_USED] += blocks

@@ -1,18 +1,17 @@
 """The router: whom it admits, and to which workers it sends them. Compiled.
 
-What it knows of a worker is what it has sent there and not seen end, and is never late: as one router knows it. Heartbeats,
-which tell each router of the others' work, are left out. Whom it fetches from, and which worker is likely to have a
-prompt's blocks, too: what is cached is a number of the request, wherever that is sent.
+What it knows of a worker is what it has sent there and not seen end, and is never late: as one router knows it.
+Heartbeats, which tell each router of the others' work, are left out. So is which worker is likely to have a prompt's
+blocks, or can fetch them: what is cached is a number of the request, wherever that is sent.
 """
 
-from numba import njit
-
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.state import State
 
 
-@njit(nogil=True)
+@compiled
 def try_admit(machines: Machines, state: State, request: int) -> bool:
     """Counts a request that has come, or refuses it when too many, or too many tokens, are in flight."""
     tokens = _tokens(state, request)
@@ -24,7 +23,7 @@ def try_admit(machines: Machines, state: State, request: int) -> bool:
     return True
 
 
-@njit(nogil=True)
+@compiled
 def note_end(state: State, request: int) -> None:
     """A request has its last token."""
     state.counters[c.REQUESTS] -= 1
@@ -32,10 +31,10 @@ def note_end(state: State, request: int) -> None:
     state.stations[state.requests[request, c.DECODE], c.OUTSTANDING] -= 1
 
 
-@njit(nogil=True)
+@compiled
 def choose(machines: Machines, state: State, request: int) -> None:
-    """Writes who computes the prompt and who decodes it: the prefill worker with the fewest tokens to compute, the decode
-    worker with the fewest requests, then with the most free blocks; of equals whose last turn is longest ago.
+    """Writes who computes the prompt and who decodes it: the prefill worker with the fewest tokens to compute, the
+    decode worker with the fewest requests, then with the most free blocks; of equals whose last turn is longest ago.
     """
     requests, stations = state.requests, state.stations
     prompt, limit = requests[request, c.PROMPT], machines.rules[c.LOCAL_TOKENS_MAX]
@@ -52,7 +51,7 @@ def choose(machines: Machines, state: State, request: int) -> None:
         stations[prefill, c.PICKED] = state.counters[c.PICKS]
 
 
-@njit(nogil=True)
+@compiled
 def _best_prefill(machines: Machines, state: State) -> int:
     best = 0
     for worker in range(1, len(machines.wires)):
@@ -64,7 +63,7 @@ def _best_prefill(machines: Machines, state: State) -> int:
     return best
 
 
-@njit(nogil=True)
+@compiled
 def _best_decode(machines: Machines, state: State, prefill: int) -> int:
     """Of those that read what the prefill worker writes."""
     best = c.NONE
@@ -76,7 +75,7 @@ def _best_decode(machines: Machines, state: State, prefill: int) -> int:
     return best
 
 
-@njit(nogil=True)
+@compiled
 def _is_better(machines: Machines, state: State, worker: int, other: int) -> bool:
     mine, its = state.stations[worker], state.stations[other]
     if mine[c.OUTSTANDING] != its[c.OUTSTANDING]:
@@ -88,7 +87,7 @@ def _is_better(machines: Machines, state: State, worker: int, other: int) -> boo
     return bool(mine[c.PICKED] < its[c.PICKED])
 
 
-@njit(nogil=True)
+@compiled
 def _tokens(state: State, request: int) -> int:
     """Of a prompt and its answer."""
     return int(state.requests[request, c.PROMPT] + state.requests[request, c.OUTPUT] + 1)

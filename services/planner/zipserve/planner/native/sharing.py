@@ -1,14 +1,13 @@
 """How the prompt tokens of a step are shared out among prompts: the rule of `zipserve.common.chunking`. Compiled."""
 
-from numba import njit
-
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.residency import try_start
 from zipserve.planner.native.state import State
 
 
-@njit(nogil=True)
+@compiled
 def share(machines: Machines, state: State, worker: int, count: int, step_tokens: int, may_start: bool) -> None:
     """Writes how many tokens each of the first `count` prompts of `state.order`, which stand there by rank, has in the
     next step, and who they are into `state.chunks`. The first is offered half of the step; then come those that have
@@ -37,13 +36,13 @@ def share(machines: Machines, state: State, worker: int, count: int, step_tokens
         free -= _offer(machines, state, worker, order[i], free, may_start)
 
 
-@njit(nogil=True)
+@compiled
 def left(state: State, request: int) -> int:
     """Tokens of a prompt that are still to be computed; of one that has not been started, all."""
     return int(state.requests[request, c.PROMPT] - state.requests[request, c.COMPUTED])
 
 
-@njit(nogil=True)
+@compiled
 def shared(state: State, worker: int) -> tuple[int, float]:
     """Tokens of the prompts in a step, and pairs of such a token with one that it attends to."""
     total, pairs = 0, 0
@@ -55,7 +54,7 @@ def shared(state: State, worker: int) -> tuple[int, float]:
     return total, float(pairs)
 
 
-@njit(nogil=True)
+@compiled
 def count_shares(state: State, worker: int) -> int:
     """A step has computed the shares of its prompts. Those that are complete with it come first in `state.chunks`;
     returns how many they are."""
@@ -71,7 +70,7 @@ def count_shares(state: State, worker: int) -> int:
     return complete
 
 
-@njit(nogil=True)
+@compiled
 def _next_shorter(state: State, count: int, head_left: int, found: int, found_left: int) -> tuple[int, int]:
     """Place and tokens left of the prompt that comes after the one found last, by tokens left and then by rank, among
     those that have less left than the first; place 0: there is none.
@@ -87,7 +86,7 @@ def _next_shorter(state: State, count: int, head_left: int, found: int, found_le
     return best, best_left
 
 
-@njit(nogil=True)
+@compiled
 def _offer(machines: Machines, state: State, worker: int, request: int, tokens: int, may_start: bool) -> int:
     """Tokens that a prompt takes of those offered."""
     requests = state.requests

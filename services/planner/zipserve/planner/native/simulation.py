@@ -33,8 +33,8 @@ class Use:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What each request saw, in ms. A request that the router refused has infinite times and no gaps; so have those that
-    were not over when a run was given up."""
+    """What each request saw, in ms. A request that the router refused has infinite times and no gaps; so have those
+    that were not over when a run was given up."""
 
     traffic: Traffic
     ttft_ms: Floats

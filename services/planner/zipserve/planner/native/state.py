@@ -45,7 +45,9 @@ class State(NamedTuple):
     counters: Ints
 
 
-def fresh_state(machines: Machines, traffic: Traffic, arrivals_ms: Floats, gap_max_ms: Floats, objectives: int) -> State:
+def fresh_state(
+    machines: Machines, traffic: Traffic, arrivals_ms: Floats, gap_max_ms: Floats, objectives: int
+) -> State:
     """Before the first request has come.
 
     Args:

@@ -1,14 +1,14 @@
 """Steps of a worker, of either role: when they end. Compiled."""
 
 import numpy as np
-from numba import njit
 
 from zipserve.planner.native import columns as c
+from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.state import State
 
 
-@njit(nogil=True)
+@compiled
 def begin_step(
     machines: Machines,
     state: State,
@@ -28,14 +28,14 @@ def begin_step(
     state.ends_ms[worker] = now_ms + took_ms
 
 
-@njit(nogil=True)
+@compiled
 def end_step(state: State, worker: int) -> None:
     """The worker rests, until it begins another step."""
     state.clocks[worker, c.BUSY] += state.clocks[worker, c.STEP_MS]
     state.ends_ms[worker] = np.inf
 
 
-@njit(nogil=True)
+@compiled
 def want_step(state: State, worker: int) -> None:
     """Something has come, or room was made: a worker that rests is to look for a step at this instant."""
     if state.ends_ms[worker] == np.inf and not state.stations[worker, c.DIRTY]:

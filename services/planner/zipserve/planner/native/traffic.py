@@ -28,14 +28,14 @@ class Traffic(Workload):
 
     def refusal(self, block_tokens: int) -> str:
         """Why what is cached can not be; empty if it can."""
-        for name, tokens in (("cached", self.cached), ("found", self.found * block_tokens)):
-            wrong = tokens > (self.prompts - 1 if name == "cached" else self.prompts)
+        for name, tokens, most in (
+            ("cached", self.cached, self.prompts - 1),  # at least the last one is computed
+            ("found", self.found * block_tokens, self.prompts),
+        ):
+            wrong = tokens > most
             if wrong.any():
                 request = int(np.argmax(wrong))
-                return (
-                    f"{tokens[request]} tokens of request {request} are {name}, its prompt has {self.prompts[request]}: "
-                    "at least the last one is computed"
-                )
+                return f"{tokens[request]} tokens of request {request} are {name}, at most {most[request]} can be"
         return ""
 
 

@@ -96,10 +96,15 @@ def check_worker(name: str, worker: PrefillWorker | DecodeWorker) -> None:
         check_limit(name, what, getattr(worker.kv, what), least=1)
     check_limit(name, "overhead_ms", worker.overhead_ms, least=0.0)
     model = worker.step
-    for what, curve in (("token", (model.token_knots, model.token_slopes)), ("row", (model.row_knots, model.row_slopes))):
+    for what, curve in (
+        ("token", (model.token_knots, model.token_slopes)),
+        ("row", (model.row_knots, model.row_slopes)),
+    ):
         knots, slopes = curve
         if len(knots) != len(slopes) or not len(knots) or knots[0] != 0 or np.any(np.diff(knots) <= 0):
-            raise InvalidRequestError(f"{name}: {what}_knots must rise from 0, with as many slopes", field=f"{what}_knots")
+            raise InvalidRequestError(
+                f"{name}: {what}_knots must rise from 0, with as many slopes", field=f"{what}_knots"
+            )
         check_limit(name, f"{what}_slopes", float(np.min(slopes)), least=0.0)
     check_limit(name, "constant_ms", model.constant_ms, above=0.0)
     check_limit(name, "pair_ms", model.pair_ms, least=0.0)
