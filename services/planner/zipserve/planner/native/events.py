@@ -95,12 +95,14 @@ def _begin_steps(machines: Machines, state: State, now_ms: float) -> None:
     """All that is booked at this instant is known to the workers that rest."""
     state.counters[c.DIRTY_STATIONS] = 0
     for worker in range(len(machines.sizes)):
-        if state.stations[worker, c.DIRTY]:
-            state.stations[worker, c.DIRTY] = 0
-            if worker < len(machines.wires):
-                begin_prefill(machines, state, worker, now_ms)
-            else:
-                begin_decode(machines, state, worker, now_ms)
+        wants = state.stations[worker, c.DIRTY]
+        state.stations[worker, c.DIRTY] = 0
+        if not wants or state.ends_ms[worker] < np.inf:
+            continue
+        if worker < len(machines.wires):
+            begin_prefill(machines, state, worker, now_ms)
+        else:
+            begin_decode(machines, state, worker, now_ms)
 
 
 def _digest() -> str:
