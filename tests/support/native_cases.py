@@ -4,9 +4,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from zipserve.planner.native.cluster import Cluster
+from zipserve.planner.native.profile import Link
 from zipserve.planner.native.step_model import StepModel
 from zipserve.planner.native.traffic import Traffic, traffic
-from zipserve.planner.native.workers import DecodeWorker, Kv, Link, PrefillWorker, Router
+from zipserve.planner.native.workers import DecodeWorker, Kv, PrefillWorker, Router
 from zipserve.planner.workload import workload
 
 BLOCK = 4

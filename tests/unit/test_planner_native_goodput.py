@@ -13,9 +13,10 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native.cluster import Cluster
 from zipserve.planner.native.goodput import Goodput, drawn, goodput, passes
 from zipserve.planner.native.objectives import GapObjective, Objective, Slo
+from zipserve.planner.native.profile import Link
 from zipserve.planner.native.simulation import attempt, simulate
 from zipserve.planner.native.traffic import Traffic, traffic
-from zipserve.planner.native.workers import DecodeWorker, Kv, Link, PrefillWorker, Router
+from zipserve.planner.native.workers import DecodeWorker, Kv, PrefillWorker, Router
 from zipserve.planner.trace import draw
 from zipserve.planner.workload import workload
 

@@ -6,8 +6,9 @@ from functools import cached_property
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native.machines import Machines, lay_out
+from zipserve.planner.native.profile import Link
 from zipserve.planner.native.traffic import extras
-from zipserve.planner.native.workers import DecodeWorker, Link, PrefillWorker, Router, check_limit, check_worker
+from zipserve.planner.native.workers import DecodeWorker, PrefillWorker, Router, check_limit, check_worker
 from zipserve.planner.workload import Workload
 
 

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 from zipserve.planner.native import columns as c
 from zipserve.planner.native.pacing import CHUNK_TOKENS_MIN
+from zipserve.planner.native.profile import Link
 from zipserve.planner.native.step_model import step_ms
-from zipserve.planner.native.workers import DecodeWorker, Link, PrefillWorker, Router
+from zipserve.planner.native.workers import DecodeWorker, PrefillWorker, Router
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

@@ -1,4 +1,4 @@
-"""What a cluster consists of: workers of both roles, links, and the router's rules; each with what its times depend on.
+"""What a cluster consists of, besides links: workers of both roles and the router; each with what its times depend on.
 Pure."""
 
 import math
@@ -64,15 +64,6 @@ class DecodeWorker:
 
 
 @dataclass(frozen=True)
-class Link:
-    """Reads over a link come one after another, in the order in which they are posted."""
-
-    bytes_per_s: float
-    fixed_ms: float = 0.0
-    """Of each pull, before its turn: opening the handle, the calls, the checksums. Others read meanwhile."""
-
-
-@dataclass(frozen=True)
 class Router:
     """The router's settings of the same names, with their defaults."""
 
@@ -106,7 +97,7 @@ def check_worker(name: str, worker: PrefillWorker | DecodeWorker) -> None:
                 f"{name}: {what}_knots must rise from 0, with as many slopes", field=f"{what}_knots"
             )
         check_limit(name, f"{what}_slopes", float(np.min(slopes)), least=0.0)
-    check_limit(name, "constant_ms", model.constant_ms, above=0.0)
+    check_limit(name, "constant_ms", model.constant_ms, least=0.0)
     check_limit(name, "pair_ms", model.pair_ms, least=0.0)
     check_limit(name, "context_ms", model.context_ms, least=0.0)
 
