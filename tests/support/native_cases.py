@@ -42,7 +42,7 @@ def pair_of(
     return Cluster(
         [PrefillWorker(prefill, kv, step_tokens, slots, prefill_blocks)],
         [DecodeWorker(decode, kv, slots, decode_blocks)],
-        [link or Link(1e15)],
+        [link or Link(1e300, 0.0)],
     )
 
 

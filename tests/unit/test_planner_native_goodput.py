@@ -127,7 +127,7 @@ def test_why_there_is_none() -> None:
     cluster = _pair()
     none = goodput(cluster, PROMPTS, Slo(Objective(ttft_ms=1e3, tpot_ms=5)), 8.0, seeds=(0,))
     assert none.mean == 0
-    assert "with nothing else running 90 % of the requests have a TPOT of at most 8." in none.why
+    assert "with nothing else running 90 % of the requests have a TPOT of at most 10." in none.why
     assert none.why.endswith("the limit is 5 ms")
     gaps = goodput(cluster, PROMPTS, Slo(GapObjective(8)), 8.0, seeds=(0,))
     assert "99 % of the gaps are at most" in gaps.why

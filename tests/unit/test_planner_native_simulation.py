@@ -11,7 +11,7 @@ from native_oracle import Oracle
 from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native import columns as c
 from zipserve.planner.native.cluster import Cluster
-from zipserve.planner.native.lateness import Goal
+from zipserve.planner.native.lateness import NO_GOAL
 from zipserve.planner.native.profile import Link
 from zipserve.planner.native.simulation import Outcome, play, simulate
 from zipserve.planner.native.traffic import Traffic, traffic
@@ -20,7 +20,6 @@ from zipserve.planner.trace import draw
 from zipserve.planner.workload import workload
 
 RATE = 1000.0
-NO_GOAL = Goal(np.zeros((0, 5)), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 @settings(max_examples=400)
@@ -89,14 +88,14 @@ def test_by_hand_pairs_of_a_later_chunk_count_what_was_before() -> None:
 
 
 def test_by_hand_pulls_queue_on_a_link() -> None:
-    cluster = cases.pair_of(cases.model(1), cases.model(1), link=Link(1000.0))
+    cluster = cases.pair_of(cases.model(1), cases.model(1), link=Link(1000.0, 0.0))
     outcome = simulate(cluster, cases.load_of([(0, 4, 1), (0, 8, 1)]), RATE)
     # 8 bytes at 1 a ms, then 16 behind them; the first is decoded meanwhile
     assert outcome.all_gaps_ms[:2].tolist() == [8 + 1, 24 + 1]
 
 
 def test_by_hand_blocks_stay_on_the_prefill_worker_until_they_are_pulled() -> None:
-    cluster = cases.pair_of(cases.model(1), cases.model(1), prefill_blocks=2, link=Link(1000.0))
+    cluster = cases.pair_of(cases.model(1), cases.model(1), prefill_blocks=2, link=Link(1000.0, 0.0))
     outcome = simulate(cluster, cases.load_of([(0, 8, 1), (0, 4, 1)]), RATE)
     assert outcome.ttft_ms[:2].tolist() == [1, 1 + 16 + 1]
 
@@ -124,7 +123,7 @@ def test_by_hand_prompts_beside_a_batch_come_in_chunks_that_hold_it_up_by_little
 
 
 def test_what_is_cached_is_not_computed_and_what_is_found_is_not_pulled() -> None:
-    cluster = cases.pair_of(cases.model(1, token=1), cases.model(1), link=Link(1000.0))
+    cluster = cases.pair_of(cases.model(1, token=1), cases.model(1), link=Link(1000.0, 0.0))
     load = traffic(cases.load_of([(0, 9, 1)]), cached=[8, 0], found=[2, 0])
     outcome = simulate(cluster, load, RATE)
     assert outcome.ttft_ms[0] == 2
@@ -136,7 +135,7 @@ def test_the_router_spreads_what_comes_over_equal_workers() -> None:
     cluster = Cluster(
         [PrefillWorker(worker, kv, 64, 8, 64) for _ in range(3)],
         [DecodeWorker(worker, kv, 8, 64) for _ in range(3)],
-        [Link(1e15)],
+        [Link(1e300, 0.0)],
     )
     outcome = simulate(cluster, cases.load_of([(1, 4, 1)] * 9), RATE)
     assert [use.steps for use in outcome.decodes] == [outcome.decodes[0].steps] * 3
@@ -147,7 +146,7 @@ def test_only_workers_of_one_layout_share_a_request() -> None:
     cluster = Cluster(
         [PrefillWorker(cases.model(1), cases.kv_of("a"), 64, 8, 64)],
         [DecodeWorker(cases.model(1), cases.kv_of(layout), 8, 64) for layout in ("b", "a")],
-        [Link(1e15)],
+        [Link(1e300, 0.0)],
     )
     outcome = simulate(cluster, cases.load_of([(1, 4, 3)] * 5), RATE)
     assert outcome.decodes[0].steps == 0
@@ -233,7 +232,7 @@ def test_a_rate_that_is_none(rate: float) -> None:
 def test_clusters_that_serve_nothing() -> None:
     kv, model = cases.kv_of("a"), cases.model()
     prefill, decode = PrefillWorker(model, kv, 64, 8, 64), DecodeWorker(model, kv, 8, 64)
-    link = Link(1e9)
+    link = Link(1e9, 0.0)
     for words, parts in (
         ("without decode workers", ([prefill], [], [link])),
         ("there is no link", ([prefill], [decode])),
@@ -244,7 +243,7 @@ def test_clusters_that_serve_nothing() -> None:
         ("layout 'a' is both", ([prefill], [DecodeWorker(model, Kv(8, 8, 4, "a"), 8, 64)], [link])),
         ("decode worker 0 has slots 0, it must be at least 1", ([], [DecodeWorker(model, kv, 0, 64)])),
         ("has slowdown_max 1, it must be above 1", ([], [DecodeWorker(model, kv, 8, 64, slowdown_max=1.0)])),
-        ("bytes_per_s 0, it must be above 0", ([prefill], [decode], [Link(0.0)])),
+        ("bytes_per_s 0, it must be above 0", ([prefill], [decode], [Link(0.0, 0.0)])),
         ("constant_ms -1, it must be at least 0", ([], [DecodeWorker(cases.model(-1), kv, 8, 64)])),
         ("row_slopes -1, it must be at least 0", ([], [DecodeWorker(cases.model(row=-1), kv, 8, 64)])),
     ):

@@ -108,13 +108,14 @@ LOCAL_TOKENS_MAX, REQUESTS_MAX, TOKENS_MAX = range(3)
 # Of the whole run.
 (
     ARRIVALS,  # requests that have come
+    LOOKED_AT,  # those of them whose first token is there, or overdue
     PICKS,  # routes chosen
     REQUESTS,  # in flight
     REQUEST_TOKENS,  # of those, reserved
     DIRTY_STATIONS,
     IS_LOST,  # whether an objective can not be kept any more
     COUNTERS,
-) = range(7)
+) = range(8)
 
 # Of an objective, bounds in ms: times of a request, and any gap, one by one.
 TTFT, TPOT, GAP, E2E, EVERY_GAP = range(5)

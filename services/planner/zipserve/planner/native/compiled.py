@@ -2,4 +2,4 @@
 
 from numba import njit
 
-compiled = njit(nogil=True, error_model="numpy", _nrt=False)
+compiled = njit(nogil=True, error_model="numpy", _nrt=False, forceinline=True)

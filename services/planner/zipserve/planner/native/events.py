@@ -18,7 +18,7 @@ from numba import njit
 from zipserve.planner.native import columns as c
 from zipserve.planner.native.compiled import compiled
 from zipserve.planner.native.decode import admit, begin_decode, end_decode, enter_line, join_pulled
-from zipserve.planner.native.lateness import Goal, note_refused, note_time
+from zipserve.planner.native.lateness import Goal, note_overdue, note_refused, note_time
 from zipserve.planner.native.links import end_pull
 from zipserve.planner.native.machines import Machines
 from zipserve.planner.native.prefill import begin_prefill, end_prefill, enter_queue
@@ -133,6 +133,7 @@ def _compiled(sources: str) -> Callable[[Machines, State, Goal], bool]:
             if next_ms == np.inf:
                 return True
             now_ms = next_ms
+            note_overdue(goal, state, now_ms)
             if arrives_ms == now_ms:
                 counters[c.ARRIVALS] += 1
                 _arrive(machines, state, goal, arrived, now_ms)

@@ -22,6 +22,17 @@ class Goal(NamedTuple):
     """Class of each; -1: all."""
     misses_max: Ints
     """Requests that may be late, or gaps where each counts by itself; one more, and the run is given up."""
+    overdue_ms: float
+    """Who has waited longer for a first token has missed all limits on it; infinite: there are none."""
+
+
+def goal_of(limits_ms: Floats, classes: Ints, misses_max: Ints) -> Goal:
+    """A goal of these objectives; with none, a run always goes on to its end."""
+    first = limits_ms[:, c.TTFT]
+    return Goal(limits_ms, classes, misses_max, float(first[np.isfinite(first)].max(initial=0.0) or np.inf))
+
+
+NO_GOAL = goal_of(np.zeros((0, 5)), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 @compiled
@@ -45,6 +56,21 @@ def note_gap(goal: Goal, state: State, request: int, gap_ms: float) -> None:
         applies = goal.classes[q] == c.NONE or goal.classes[q] == state.requests[request, c.CLASS]
         if applies and gap_ms > goal.limits_ms[q, c.EVERY_GAP]:
             _count(goal, state, q)
+
+
+@compiled
+def note_overdue(goal: Goal, state: State, now_ms: float) -> None:
+    """Requests whose first token will be late whenever it comes are so already: where queues only grow, the run ends
+    long before they are served."""
+    times, counters = state.times, state.counters
+    while counters[c.LOOKED_AT] < counters[c.ARRIVALS]:
+        request = counters[c.LOOKED_AT]
+        waited_ms = now_ms - times[request, c.ARRIVED]
+        if waited_ms <= goal.overdue_ms:
+            break
+        if times[request, c.FIRST] == np.inf:
+            note_time(goal, state, request, c.TTFT, waited_ms)
+        counters[c.LOOKED_AT] += 1
 
 
 @compiled

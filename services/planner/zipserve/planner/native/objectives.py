@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native import columns as c
-from zipserve.planner.native.lateness import Goal
+from zipserve.planner.native.lateness import Goal, goal_of
 from zipserve.planner.native.simulation import Outcome
 from zipserve.planner.native.traffic import Traffic
 
@@ -101,7 +101,7 @@ class Slo:
         Raises:
             InvalidRequestError: an objective is for a class that has no requests.
         """
-        return Goal(
+        return goal_of(
             np.array([one.limits_ms for one in self.objectives]),
             np.array([c.NONE if one.of is None else one.of for one in self.objectives], np.int64),
             np.array([one.misses_max(traffic) for one in self.objectives], np.int64),

@@ -11,7 +11,7 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native import columns as c
 from zipserve.planner.native.cluster import Cluster
 from zipserve.planner.native.events import run
-from zipserve.planner.native.lateness import Goal
+from zipserve.planner.native.lateness import NO_GOAL, Goal
 from zipserve.planner.native.state import Floats, Ints, State, fresh_state
 from zipserve.planner.native.traffic import Traffic, extras
 from zipserve.planner.workload import Workload
@@ -79,7 +79,7 @@ def simulate(cluster: Cluster, workload: Workload, rate: float) -> Outcome:
     Raises:
         InvalidRequestError: the rate is no rate, or a request can never be served.
     """
-    return attempt(cluster, workload, rate, _no_goal())[0]
+    return attempt(cluster, workload, rate, NO_GOAL)[0]
 
 
 def attempt(cluster: Cluster, workload: Workload, rate: float, goal: Goal) -> tuple[Outcome, bool]:
@@ -112,10 +112,6 @@ def _gap_max_ms(goal: Goal, classes: Ints) -> Floats:
         mine = np.ones(len(classes), np.bool_) if of == c.NONE else classes == of
         limits[mine] = np.minimum(limits[mine], min(bounds[c.GAP], bounds[c.EVERY_GAP]))
     return limits
-
-
-def _no_goal() -> Goal:
-    return Goal(np.zeros((0, 5)), np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 def _outcome(cluster: Cluster, traffic: Traffic, state: State) -> Outcome:
