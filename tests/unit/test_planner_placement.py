@@ -23,9 +23,10 @@ from zipserve.planner.native.traffic import Traffic, traffic
 from zipserve.planner.placement.candidate import APART, TOGETHER, Candidate, Group, Settings, candidates
 from zipserve.planner.placement.ceiling import ceiling
 from zipserve.planner.placement.fleet import Fleet, taken_by
-from zipserve.planner.placement.router_log import read_log
+from zipserve.planner.placement.router_log import Logged, read_log
 from zipserve.planner.placement.search import Question, Ranking, search
 from zipserve.planner.placement.values import values
+from zipserve.planner.placement.watch import LOOKS, News, Watch
 from zipserve.planner.workload import workload
 
 SLO = Slo(Objective(ttft_ms=1_500.0, tpot_ms=60.0, share=0.9))
@@ -41,8 +42,8 @@ def load_of(requests: int = 60, prompt: int = 200, output: int = 20, seed: int =
 
 def question(*profiles: WorkerProfile, devices: int = 3, **changes: Any) -> Question:
     names = {taken_by(profile)[0] for profile in profiles}
-    told: dict[str, Any] = {"fleet": Fleet(dict.fromkeys(names, devices)), "traffic": load_of(), "slo": SLO} | changes
-    return Question(profiles, **({"rate_max": 100.0, "seeds": range(2)} | told))
+    fleet = Fleet(dict.fromkeys(names, devices))
+    return replace(Question(profiles, fleet, load_of(), SLO, rate_max=100.0, seeds=range(2)), **changes)
 
 
 def test_all_that_a_fleet_has_room_for() -> None:
@@ -205,12 +206,13 @@ def test_a_routers_log(tmp_path: Path) -> None:
         + log_line("2026-11-01T12:00:02Z", completion_tokens=1)
         + log_line("2026-11-01T12:00:09Z", prompt_tokens=7)
     )
-    found = read_log(path)
+    found, rate = read_log(path).traffic, read_log(path).rate
+    assert rate == pytest.approx(1 / 3.5)
     assert found.prompts.tolist() == [100, 100, 7]
     assert found.outputs.tolist() == [20, 19, 19]
     assert found.cached.tolist() == [0, 64, 0]
     assert found.unit_gaps.tolist() == pytest.approx([0.0, 3 / 3.5, 4 / 3.5])
-    assert len(read_log(path, 2)) == 2
+    assert len(read_log(path, 2).traffic) == 2
     path.write_text(log_line("2026-11-01T12:00:04Z"))
     with pytest.raises(InvalidRequestError, match="tells of 1 answered requests, 2 are needed"):
         read_log(path)
@@ -261,3 +263,33 @@ def test_bad_options(changes: list[str], message: str, tmp_path: Path, capsys: p
     assert main([part for item in asked.items() for part in item]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def test_a_shift_is_believed_when_it_stays() -> None:
+    asked = question(profile_of(), devices=4, traffic=load_of(300))
+    one = max(found.rate for found in search(replace(asked, prune=False)).found if found.cost == 1)
+    rate = 0.6 * one
+    asked = replace(asked, rate=1.2 * rate)
+    watch = Watch(asked, search(asked), rate, 1.2)
+    same = Logged(load_of(300, seed=1), 1.1 * rate)
+    more = Logged(load_of(300, prompt=400, seed=2), 2.0 * rate)
+    assert watch.look(same) == News(())
+    for _ in range(LOOKS - 1):
+        news = watch.look(more)
+        assert ["prompts of" in shift for shift in news.shifts] == [True, False]
+        assert not news.replan
+    assert watch.look(same) == News(())
+    news = [watch.look(more) for _ in range(LOOKS)][-1]
+    assert "-      replicas: 1\n" in news.replan
+    assert watch.look(more) == News(()), "what was planned for is no news"
+
+
+def test_a_plan_that_still_serves_is_kept() -> None:
+    """A shift that changes nothing that matters costs nothing."""
+    asked = question(profile_of(), devices=4, traffic=load_of(300))
+    one = max(found.rate for found in search(replace(asked, prune=False)).found if found.cost == 1)
+    asked = replace(asked, rate=0.5 * one)
+    watch = Watch(asked, search(asked), 0.4 * one, 1.2)
+    news = [watch.look(Logged(load_of(300, prompt=60), 0.3 * one)) for _ in range(LOOKS)][-1]
+    assert len(news.shifts) == 2
+    assert not news.replan

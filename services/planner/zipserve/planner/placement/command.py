@@ -5,7 +5,10 @@ import itertools
 import json
 import math
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from zipserve.common.errors import InvalidRequestError
@@ -16,9 +19,10 @@ from zipserve.planner.placement import plot, report
 from zipserve.planner.placement.candidate import APART, TOGETHER, Settings
 from zipserve.planner.placement.curves import Curve, curve, rates_about
 from zipserve.planner.placement.fleet import Fleet
-from zipserve.planner.placement.router_log import read_log
+from zipserve.planner.placement.router_log import Logged, read_log
 from zipserve.planner.placement.search import Question, Ranking, search
 from zipserve.planner.placement.values import as_yaml, values
+from zipserve.planner.placement.watch import News, Watch
 from zipserve.planner.workload import Workload
 
 _SEEDS_MAX = 100
@@ -35,6 +39,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--step-tokens", type=_numbers, default=[None], metavar="N,N", help="to try")
     own.add_argument("--slots", type=_numbers, default=[None], metavar="N,N", help="to try")
     own.add_argument("--values", type=Path, metavar="FILE", help="write the best one for the Helm chart")
+    own.add_argument(
+        "--watch", type=float, metavar="S",
+        help="with --log: look at it every so many seconds, and tell when other values would serve what comes better",
+    )  # fmt: skip
+    own.add_argument(
+        "--headroom", type=float, default=1.2, metavar="X", help="of --watch: plan for so much of what comes"
+    )
     own.add_argument("--report", type=Path, metavar="FILE", help="write curves: .png, or .html with the words")
 
 
@@ -47,7 +58,13 @@ def run(options: argparse.Namespace, profiles: Sequence[WorkerProfile], workload
     Raises:
         InvalidRequestError: an option cannot be, or nothing keeps the limits.
     """
-    question = _question(options, profiles, extras(workload) if workload else read_log(options.log, options.requests))
+    logged = None
+    if workload is None:
+        logged = read_log(options.log, options.requests)
+        workload = logged.traffic
+    question = _question(options, profiles, extras(workload))
+    if options.watch is not None:
+        question = _watched(options, question, logged)
     if options.report:
         plot.check_path(options.report)
     ranking = search(question)
@@ -60,7 +77,34 @@ def run(options: argparse.Namespace, profiles: Sequence[WorkerProfile], workload
         options.values.write_text(as_yaml(values(best.candidate), words))
     if options.report:
         plot.save(options.report, ranking, question, curves)
+    if options.watch is not None and logged is not None:
+        _watch(options, Watch(question, ranking, logged.rate, options.headroom))
     return 0
+
+
+def _watched(options: argparse.Namespace, question: Question, logged: Logged | None) -> Question:
+    """What is planned for while a log is watched: its own rate, and some more."""
+    for name, value in (("watch", options.watch), ("headroom", options.headroom)):
+        if not 0 < value < math.inf:
+            raise InvalidRequestError(f"--{name} {value:g} is no number above 0", field=name)
+    if logged is None or question.rate is not None:
+        raise InvalidRequestError("--watch takes requests and rate from --log, and no --rate", field="watch")
+    return replace(question, rate=options.headroom * logged.rate)
+
+
+def _watch(options: argparse.Namespace, watch: Watch) -> None:
+    """Tells of shifts until it is interrupted."""
+    with suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(options.watch)
+            try:
+                news = watch.look(read_log(options.log, options.requests))
+            except InvalidRequestError as error:
+                news = News((error.message,))
+            if options.json:
+                print(json.dumps({"shifts": news.shifts, "replan": news.replan}), flush=True)
+            elif news.shifts:
+                print(f"shifted: {'; '.join(news.shifts)}\n{news.replan}".rstrip(), flush=True)
 
 
 def _question(options: argparse.Namespace, profiles: Sequence[WorkerProfile], traffic: Traffic) -> Question:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,18 @@ from zipserve.planner.workload import workload
 _REQUESTS_MAX = 1_000_000
 
 
-def read_log(path: Path, requests: int | None = None) -> Traffic:
-    """Requests that were answered, in the order of their arrival, with their own gaps in units of the mean gap.
+@dataclass(frozen=True, eq=False)
+class Logged:
+    """What a router was asked for."""
+
+    traffic: Traffic
+    """With its own gaps, in units of the mean gap."""
+    rate: float
+    """Requests per second."""
+
+
+def read_log(path: Path, requests: int | None = None) -> Logged:
+    """Requests that were answered, in the order of their arrival.
 
     Args:
         requests: only the last so many.
@@ -34,8 +45,10 @@ def read_log(path: Path, requests: int | None = None) -> Traffic:
         raise InvalidRequestError(f"log {path} tells of {len(rows)} answered requests, 2 are needed", field="log")
     arrived_s, prompts, outputs, cached = np.array(rows, np.float64).T
     gaps = np.diff(arrived_s, prepend=arrived_s[0])
-    mean = gaps[1:].mean()
-    return traffic(workload(prompts, outputs, gaps / mean if mean > 0 else gaps), np.minimum(cached, prompts - 1))
+    mean_s = float(gaps[1:].mean())
+    if not mean_s > 0:
+        raise InvalidRequestError(f"log {path}: all its requests came at once, they have no rate", field="log")
+    return Logged(traffic(workload(prompts, outputs, gaps / mean_s), np.minimum(cached, prompts - 1)), 1 / mean_s)
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
