@@ -3,12 +3,16 @@
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.planner import report
 from zipserve.planner.goal import Slo
 from zipserve.planner.latency import Profile, parse_profile
+from zipserve.planner.native.profile import load
+from zipserve.planner.placement import command as placement
 from zipserve.planner.plan import SEARCHES, Question, make_plan
 from zipserve.planner.space import Devices
 from zipserve.planner.trace import ARRIVALS, LENGTHS, draw, read_trace
@@ -22,10 +26,14 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "zipserve plan", description="Finds the placement with the most requests per second and device within limits."
     )
-    parser.add_argument("--profile", type=Path, required=True, metavar="FILE", help="step times of the devices (JSON)")
+    parser.add_argument(
+        "--profile", type=Path, required=True, nargs="+", metavar="FILE",
+        help="step times of the devices (JSON): one file as DistServe published them, or profiles of our own workers",
+    )  # fmt: skip
     parser.add_argument("--model", metavar="NAME", help="of the profile (default: its only one)")
     workload = parser.add_mutually_exclusive_group(required=True)
     workload.add_argument("--trace", type=Path, metavar="FILE", help="lengths, and gaps: CSV, or JSON lines (.jsonl)")
+    workload.add_argument("--log", type=Path, metavar="FILE", help="a router's log; only with profiles of our workers")
     workload.add_argument("--distribution", metavar="D", help=f"{', '.join(LENGTHS)}, or fixed:PROMPT,OUTPUT")
     parser.add_argument(
         "--arrivals", choices=ARRIVALS, default="poisson", help="how gaps are spread; gamma comes in bursts"
@@ -42,8 +50,9 @@ def parser() -> argparse.ArgumentParser:
         help="each limit has to hold for that percentile by itself, as published (default: that share keeps both)",
     )  # fmt: skip
     parser.add_argument(
-        "--devices", required=True, metavar="NAME:[NODES×]COUNT", help="such as a100:8, or a100:2x8 for two nodes of 8"
-    )
+        "--devices", required=True, nargs="+", metavar="NAME:[NODES×]COUNT",
+        help="such as a100:8, or a100:2x8 for two nodes of 8; of our own workers also of several kinds, CPUs in cores",
+    )  # fmt: skip
     parser.add_argument("--rate", type=float, metavar="R", help="requests per second to serve (default: what is best)")
     parser.add_argument(
         "--rate-max", type=float, default=32.0, metavar="R",
@@ -54,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="; ".join(f"{name}: {what}" for name, what in SEARCHES.items()).replace("%", "%%") + " (default: pairs)",
     )  # fmt: skip
     parser.add_argument("--exhaustive", action="store_true", help="simulate also what cannot win")
+    placement.add_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     return parser
 
@@ -64,13 +74,18 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         InvalidRequestError: an option, the profile or the trace cannot be, or nothing keeps the limits.
     """
-    profile = read_profile(options.profile)
     for name, rate in (("rate", options.rate), ("rate_max", options.rate_max)):
         if rate is not None and not 0 < rate < float("inf"):
             raise InvalidRequestError(f"--{name.replace('_', '-')} {rate:g} is no rate above 0", field=name)
+    files = _files(options.profile)
+    if "version" in _read(files[0]):
+        profiles = [load(path) for path in files]
+        return placement.run(options, profiles, None if options.log else _workload(options))
+    _refuse_own(options)
+    profile = read_profile(files[0])
     question = Question(
         model=profile.model(options.model),
-        devices=parse_devices(options.devices, profile),
+        devices=parse_devices(options.devices[0], profile),
         workload=_workload(options),
         slo=Slo(options.slo_ttft, options.slo_tpot, options.attainment, not options.separate),
         search=options.search,
@@ -83,17 +98,51 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def read_profile(path: Path) -> Profile:
-    """A profile file; its device is called what the file says, else after the file: profile_a100.json is of an a100.
-
-    Raises:
-        InvalidRequestError: it cannot be read, or is no profile.
-    """
+def _read(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise InvalidRequestError(f"profile {path}: {error}", field="profile") from error
-    return parse_profile(document, path.stem.removeprefix("profile_"))
+    if not isinstance(document, dict):
+        raise InvalidRequestError(f"profile {path} is no JSON object", field="profile")
+    return document
+
+
+def read_profile(path: Path) -> Profile:
+    """A published profile; its device is called as the file says, else after it: profile_a100.json is of an a100.
+
+    Raises:
+        InvalidRequestError: it cannot be read, or is no profile.
+    """
+    return parse_profile(_read(path), path.stem.removeprefix("profile_"))
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """Files, and those of folders."""
+    found = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not found:
+        raise InvalidRequestError(f"no profile lies in {', '.join(map(str, paths))}", field="profile")
+    return found
+
+
+def _refuse_own(options: argparse.Namespace) -> None:
+    """What published profiles have no use for."""
+    for name, told in {
+        "--profile": options.profile[1:],
+        "--devices": options.devices[1:],
+        "--log": options.log,
+        "--slo-gap": options.slo_gap,
+        "--slo-gap-p99": options.slo_gap_p99,
+        "--slo-e2e": options.slo_e2e,
+        "--price": options.price,
+        "--values": options.values,
+        "--report": options.report,
+    }.items():
+        if told:
+            what = "several of " if name in ("--profile", "--devices") else ""
+            raise InvalidRequestError(
+                f"{what}{name} needs profiles of our own workers, and {options.profile[0]} is none", field=name[2:]
+            )
 
 
 def parse_devices(text: str, profile: Profile) -> Devices:

@@ -1,0 +1,1 @@
+"""Which of our own workers, how many and how arranged, serve most within limits."""
