@@ -224,7 +224,7 @@ class Metrics:
 
 
 def _with_health(metrics: WSGIApplication, is_ready: Callable[[], bool]) -> WSGIApplication:
-    """Beside metrics the pages that a kubelet asks for, which has neither token nor certificate: /live is 200 for as long
+    """Beside metrics the pages for a kubelet, which has neither token nor certificate: /live is 200 for as long
     as the process can answer at all, /health is 503 while it takes no new work."""
 
     def page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
