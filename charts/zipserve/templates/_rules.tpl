@@ -1,0 +1,3 @@
+{{- define "zipserve.rules" -}}
+[]
+{{- end }}
