@@ -26,14 +26,14 @@ def rendered(name: str) -> Rendered:
 
 
 @functools.cache
-def wrong(manifest: str) -> list[str]:
+def wrong(manifest: str, versions: tuple[str, ...]) -> list[str]:
     """What Kubernetes, or the operator that a kind belongs to, would not take. Examples share most of theirs."""
     each = json.loads(manifest)
     try:
         if spec := SPECS.get((each["apiVersion"], each["kind"])):
             jsonschema.validate(each["spec"], spec)
         else:
-            for version in KUBERNETES:
+            for version in versions:
                 kubernetes_validate.validate(each, version, strict=True)
     except jsonschema.ValidationError as error:
         return [f"{each['kind']} {each['metadata']['name']}: {error.message} at {list(error.absolute_path)}"]
@@ -46,7 +46,8 @@ def test_kubernetes_takes_every_manifest(name: str) -> None:
     manifests = rendered(name).manifests
     identities = [(each["kind"], each["metadata"]["name"]) for each in manifests]
     assert len(identities) == len(set(identities))
-    assert [line for each in manifests for line in wrong(json.dumps(each, sort_keys=True))] == []
+    versions = KUBERNETES[1:] if name == "dra" else KUBERNETES  # claims had another form before they were stable
+    assert [line for each in manifests for line in wrong(json.dumps(each, sort_keys=True), versions)] == []
 
 
 @every_example

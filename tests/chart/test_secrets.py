@@ -3,7 +3,8 @@
 import base64
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
@@ -77,11 +78,10 @@ async def test_certificates_prove_both_sides(made: Rendered, name: str, tmp_path
         await server.stop(0)
 
 
-@pytest.fixture(scope="module")
-def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Rendered]]:
-    """A real server started as the bundled Redis is; its address, and the release that it is of."""
-    made = render()
-    users = tmp_path_factory.mktemp("redis") / "users.acl"
+@asynccontextmanager
+async def bundled(made: Rendered, folder: Path) -> AsyncIterator[str]:
+    """A real server started as the release's bundled Redis is; gives its address."""
+    users = folder / "users.acl"
     users.write_text(secret(made, "redis")["users.acl"])
     (container,) = made.one("Deployment", "redis")["spec"]["template"]["spec"]["containers"]
     arguments = [str(users) if each.endswith("users.acl") else each for each in container["args"]]
@@ -89,21 +89,38 @@ def bundled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Ren
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", *arguments]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=users.parent)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
     try:
-        yield f"127.0.0.1:{port}", made
+        await until(lambda: _listens(port), "it listens")
+        yield f"127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(10)
 
 
-async def test_the_bundled_redis_lets_in_the_services_and_nobody_else(bundled: tuple[str, Rendered]) -> None:
-    address, made = bundled
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_the_bundled_redis_lets_in_the_services_and_nobody_else(made: Rendered, tmp_path: Path) -> None:
     (router,) = made.workloads("router")
     url = made.environment(router)["ZIPSERVE_ROUTER_REDIS_URL"]
     assert url == "redis://zipserve:secret-zs-zipserve-redis-password@zs-zipserve-redis:6379/0"
-    password = secret(made, "redis")["password"]
-    url = url.replace("secret-zs-zipserve-redis-password", password).replace("zs-zipserve-redis:6379", address)
+    url = url.replace("secret-zs-zipserve-redis-password", secret(made, "redis")["password"])
+    async with bundled(made, tmp_path) as address:
+        url = url.replace("zs-zipserve-redis:6379", address)
+        await _serves(url)
+        with redis.Redis.from_url(f"redis://{address}") as anybody, pytest.raises(redis.AuthenticationError):
+            anybody.ping()
+        with redis.Redis.from_url(url) as ours:
+            for forbidden in (("GET", "others"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("ACL", "LIST")):
+                with pytest.raises(redis.exceptions.NoPermissionError):
+                    ours.execute_command(*forbidden)
+
+
+async def _serves(url: str) -> None:
+    """Registry and directory work there."""
     values = {"redis_url": url, "secret": SECRET, "cluster": "ml.zs", "worker_id": "d0", "heartbeat_s": 0.05}
     settings = ServiceSettings.model_validate(values)
     role = WorkerRole.WORKER_ROLE_DECODE
@@ -118,14 +135,6 @@ async def test_the_bundled_redis_lets_in_the_services_and_nobody_else(bundled: t
     ):
         writer.added(first, [second])
         await until(lambda: set(seen) >= {first, second}, "blocks are known")
-    anybody = redis.Redis.from_url(f"redis://{address}")
-    with pytest.raises(redis.AuthenticationError):
-        anybody.ping()
-    anybody.close()
-    with redis.Redis.from_url(url) as ours:
-        for forbidden in (("GET", "others"), ("FLUSHALL",), ("CONFIG", "GET", "*"), ("ACL", "LIST")):
-            with pytest.raises(redis.exceptions.NoPermissionError):
-                ours.execute_command(*forbidden)
 
 
 @pytest.mark.parametrize("name", ["minimal", "closed", "open"])

@@ -78,7 +78,9 @@ def test_services_start_with_the_environment_of_every_example(name: str, monkeyp
 def test_names_in_templates_are_settings() -> None:
     """Of what a template writes out by itself; what it loops over is compared above."""
     fields = {(service.upper(), field.upper()) for service, cls in SETTINGS.items() for field in cls.model_fields}
-    written = re.findall(r"ZIPSERVE_([A-Z]+)_([A-Z_]+)", "".join(p.read_text() for p in CHART.rglob("*.*") if p.is_file()))
+    written = re.findall(
+        r"ZIPSERVE_([A-Z]+)_([A-Z_]+)", "".join(p.read_text() for p in CHART.rglob("*.*") if p.is_file())
+    )
     assert set(written) - fields == set()
 
 

@@ -101,7 +101,7 @@ IMAGE = closed(
     }
 )
 RESOURCES = closed({"requests": ANYTHING, "limits": ANYTHING, "claims": LIST})
-PROBE = closed({key: NUMBER for key in ("periodSeconds", "failureThreshold", "timeoutSeconds")})
+PROBE = closed(dict.fromkeys(("periodSeconds", "failureThreshold", "timeoutSeconds"), NUMBER))
 ROOM = {"anyOf": [COUNT, {"type": "string", "pattern": "^[0-9]+%$"}]}
 TARGETS: Mapping[str, Schema] = {
     "router": {"requests": POSITIVE},
@@ -130,7 +130,7 @@ def component(service: str) -> Schema:
         "priorityClass": TEXT,
         "runtimeClass": TEXT,
         "resourceClaims": LIST,
-        "probes": closed({kind: PROBE for kind in ("startup", "readiness", "liveness")}),
+        "probes": closed(dict.fromkeys(("startup", "readiness", "liveness"), PROBE)),
         "autoscaling": closed(
             {"kind": choice("none", "hpa", "keda"), "min": NUMBER, "max": NUMBER, "targets": closed(TARGETS[service])}
         ),
@@ -139,7 +139,7 @@ def component(service: str) -> Schema:
         "securityContext": ANYTHING,
         "strategy": closed({"maxUnavailable": ROOM, "maxSurge": ROOM}),
         "preStopSeconds": COUNT,
-        "terminationGracePeriodSeconds": NUMBER,
+        "terminationGracePeriodSeconds": {"anyOf": [NUMBER, {"type": "null"}]},
         "cacheSize": MEMORY,
         "shmSize": MEMORY,
     }
