@@ -20,7 +20,7 @@ def pod(service: str, release: str = "zs") -> Labels:
 
 
 class Network:
-    """Ingress as Kubernetes reads the policies: what a policy selects is reached only by what one of its rules allows."""
+    """Ingress as Kubernetes reads the policies: whom a policy selects, only those reach that a rule allows."""
 
     def __init__(self, made: Rendered) -> None:
         self._policies = [each["spec"] for each in made.of("NetworkPolicy").values()]

@@ -146,14 +146,18 @@ def alerts() -> dict[str, Any]:
     return {rule["alert"]: rule for group in groups for rule in group["rules"] if "alert" in rule}
 
 
+def promtool(*arguments: str | Path) -> None:
+    assert PROMTOOL is not None
+    done = subprocess.run([PROMTOOL, *arguments], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def evaluate(folder: Path, values: dict[str, Any], tests: list[dict[str, Any]]) -> None:
     """Has promtool compare what the rendered rules make of series with what they should."""
-    assert PROMTOOL is not None
     (folder / "rules.yaml").write_text(json.dumps(rules(values)))
     checks = {"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests}
     (folder / "tests.yaml").write_text(json.dumps(checks))
-    done = subprocess.run([PROMTOOL, "test", "rules", folder / "tests.yaml"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    promtool("test", "rules", folder / "tests.yaml")
 
 
 def inputs(series: Series) -> list[dict[str, str]]:
@@ -168,11 +172,9 @@ def inputs(series: Series) -> list[dict[str, str]]:
 @needs_promtool
 @pytest.mark.parametrize("name", ["minimal", "keda", "hpa", "groups"])
 def test_promtool_takes_the_rules(name: str, tmp_path: Path) -> None:
-    assert PROMTOOL is not None
     path = tmp_path / "rules.yaml"
     path.write_text(json.dumps(rules(example(name))))
-    done = subprocess.run([PROMTOOL, "check", "rules", path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    promtool("check", "rules", path)
 
 
 @needs_promtool
@@ -271,31 +273,28 @@ def test_every_alert_has_a_runbook() -> None:
     assert pages == set(alerts())
 
 
+def recorded(name: str) -> list[dict[str, Any]]:
+    return [rule for group in rules(example(name))["groups"] for rule in group["rules"]]
+
+
 def expressions() -> list[str]:
-    """All PromQL of rules and dashboards."""
-    found = [
-        rule["expr"]
-        for name in ("keda", "groups")
-        for group in rules(example(name))["groups"]
-        for rule in group["rules"]
-    ]
+    """All PromQL of rules, dashboards and autoscalers."""
+    found = [rule["expr"] for name in ("keda", "groups") for rule in recorded(name)]
     for path in (CHART / "dashboards").glob("*.json"):
         dashboard = json.loads(path.read_text())
         found += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
         found += [each["query"]["query"] for each in dashboard["templating"]["list"] if each["type"] == "query"]
-    return found
+    scaled = render(example("keda")).of("ScaledObject").values()
+    return found + [trigger["metadata"]["query"] for each in scaled for trigger in each["spec"]["triggers"]]
 
 
 def test_every_metric_is_one_that_a_service_tells() -> None:
     """With its labels, and by the service that it is asked of."""
     told: dict[str, tuple[set[str], set[str]]] = {}
     for metric in Metrics().described:
-        suffixes = ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",)
-        for suffix in suffixes:
-            told[metric.name + suffix] = (
-                {*metric.labels, *(["le"] if suffix == "_bucket" else [])},
-                set(metric.services),
-            )
+        for suffix in ("_bucket", "_sum", "_count") if metric.kind == "histogram" else ("",):
+            labels = {*metric.labels, "le"} if suffix == "_bucket" else set(metric.labels)
+            told[metric.name + suffix] = labels, set(metric.services)
     added = {"namespace", "release", "job", "group", "pod"}
     for expression in expressions():
         for name, selector in re.findall(r"\b(zipserve_\w+)(?:\{([^}]*)\})?", expression):
@@ -307,15 +306,8 @@ def test_every_metric_is_one_that_a_service_tells() -> None:
 
 
 def test_every_recorded_series_is_recorded() -> None:
-    recorded = {
-        rule["record"] for group in rules(example("keda"))["groups"] for rule in group["rules"] if "record" in rule
-    }
-    scaled = re.findall(
-        r"zipserve:[\w:]+",
-        json.dumps([each for each in render(example("keda")).manifests if each["kind"] == "ScaledObject"]),
-    )
-    used = {name for expression in expressions() for name in re.findall(r"zipserve:[\w:]+", expression)} | set(scaled)
-    assert used <= recorded
+    used = {name for expression in expressions() for name in re.findall(r"zipserve:[\w:]+", expression)}
+    assert used <= {rule["record"] for rule in recorded("keda") if "record" in rule}
 
 
 def test_dashboards_are_in_config_maps() -> None:

@@ -89,7 +89,7 @@ async def bundled(made: Rendered, folder: Path) -> AsyncIterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", *arguments]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)  # noqa: ASYNC220  # it returns at once
     try:
         await until(lambda: _listens(port), "it listens")
         yield f"127.0.0.1:{port}"

@@ -1,5 +1,9 @@
-"""Renders the chart with Helm's own engine, offline, and finds what is in it."""
+"""Renders the chart with Helm's own engine, offline, and finds what is in it.
 
+`python -P tests/support/chart.py FOLDER` writes what the examples make, for tools that read files.
+"""
+
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,3 +101,9 @@ def render(values: Mapping[str, Any] | None = None) -> Rendered:
     notes = files.pop("zipserve/templates/NOTES.txt")
     manifests = [each for text in files.values() for each in yaml.safe_load_all(text) if each]
     return Rendered(manifests, notes)
+
+
+if __name__ == "__main__":
+    for name in EXAMPLES:
+        text = yaml.safe_dump_all(render(example(name)).manifests)
+        (Path(sys.argv[1]) / f"{name}.yaml").write_text(text)

@@ -1,4 +1,4 @@
-"""What the chart's custom resources may hold, as JSON schemas: of each kind only the fields that are used, and no others.
+"""What the chart's custom resources may hold, as JSON schemas: of each kind the fields that are used, no others.
 
 Kubernetes' own schemas do not know these kinds, and their operators take a misspelt field without a word.
 """

@@ -1,7 +1,7 @@
 """Writes the schema of the chart's values: `python -P tests/support/chart_schema.py`.
 
-Names, types and bounds of settings come from the services' own classes, so that what a service would refuse at its start
-is refused when the chart is rendered. Settings that the chart sets by itself stand in OWN, with where they come from.
+Names, types and bounds of settings come from the services' own classes, so that what a service would refuse at its
+start is refused when the chart is rendered. Settings that the chart makes by itself stand in OWN, with what of.
 """
 
 import json
