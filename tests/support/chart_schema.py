@@ -92,16 +92,20 @@ def _plain(schema: Schema) -> Schema:
     return {key: value for key, value in schema.items() if key not in {"title", "default"}}
 
 
-IMAGE = closed(
-    {
-        "repository": TEXT,
-        "tag": {"type": "string", "not": {"const": "latest"}},
-        "digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
-        "pullPolicy": choice("IfNotPresent", "Always", "Never"),
-    }
-)
-RESOURCES = closed({"requests": ANYTHING, "limits": ANYTHING, "claims": LIST})
-PROBE = closed(dict.fromkeys(("periodSeconds", "failureThreshold", "timeoutSeconds"), NUMBER))
+SHARED: Mapping[str, Schema] = {
+    "image": closed(
+        {
+            "repository": TEXT,
+            "tag": {"type": "string", "not": {"const": "latest"}},
+            "digest": {"type": "string", "pattern": "^(sha256:[0-9a-f]{64})?$"},
+            "pullPolicy": choice("IfNotPresent", "Always", "Never"),
+        }
+    ),
+    "resources": closed({"requests": ANYTHING, "limits": ANYTHING, "claims": LIST}),
+    "probe": closed({key: NUMBER for key in ("periodSeconds", "failureThreshold", "timeoutSeconds")}),
+}
+"""What stands in several places."""
+IMAGE, RESOURCES, PROBE = ({"$ref": f"#/$defs/{name}"} for name in SHARED)
 ROOM = {"anyOf": [COUNT, {"type": "string", "pattern": "^[0-9]+%$"}]}
 TARGETS: Mapping[str, Schema] = {
     "router": {"requests": POSITIVE},
@@ -232,7 +236,7 @@ def values() -> Schema:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Values of the zipserve chart; written by tests/support/chart_schema.py",
         **closed(properties),
-        "$defs": {f"{service}Settings": settings_of(cls) for service, cls in SETTINGS.items()},
+        "$defs": {**SHARED, **{f"{service}Settings": settings_of(cls) for service, cls in SETTINGS.items()}},
     }
 
 
