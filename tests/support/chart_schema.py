@@ -102,7 +102,7 @@ SHARED: Mapping[str, Schema] = {
         }
     ),
     "resources": closed({"requests": ANYTHING, "limits": ANYTHING, "claims": LIST}),
-    "probe": closed({key: NUMBER for key in ("periodSeconds", "failureThreshold", "timeoutSeconds")}),
+    "probe": closed(dict.fromkeys(("periodSeconds", "failureThreshold", "timeoutSeconds"), NUMBER)),
 }
 """What stands in several places."""
 IMAGE, RESOURCES, PROBE = ({"$ref": f"#/$defs/{name}"} for name in SHARED)
