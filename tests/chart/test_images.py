@@ -57,14 +57,14 @@ def pythons(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @every_image
 def test_an_image_holds_no_sibling(name: str, pythons: Callable[[str], Path]) -> None:
     lists = "import os, zipserve; print(*{name for root in zipserve.__path__ for name in os.listdir(root)})"
-    command = [pythons(name), "-I", "-c", lists]
+    command = [str(pythons(name)), "-I", "-c", lists]
     told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert set(told) - {"__pycache__"} == PORTIONS[name]
 
 
 @pytest.mark.slow
 def test_the_command_line_asks_from_its_image(pythons: Callable[[str], Path], tmp_path: Path) -> None:
-    command = [pythons("cli"), *started("cli"), "generate", "hi", "--address", "127.0.0.1:9", "--timeout", "1"]
+    command = [str(pythons("cli")), *started("cli"), "generate", "hi", "--address", "127.0.0.1:9", "--timeout", "1"]
     environment = _environment(tmp_path)
     told = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert (told.returncode, told.stderr.split(":")[:2]) == (1, ["zipserve", " WORKER_LOST"])

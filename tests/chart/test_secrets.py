@@ -1,6 +1,7 @@
 """What the chart draws is taken by those who use it: the router's keys, Redis' users, both ends of a TLS connection."""
 
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -60,7 +61,7 @@ async def test_certificates_prove_both_sides(made: Rendered, name: str, tmp_path
     try:
         for expected in names[name]:
             async with ChannelPool(1 << 20, ClusterTokens(SECRET.encode()), certificates, expected) as channels:
-                call = channels.get(f"127.0.0.1:{port}").unary_unary("/a/b")
+                call: Any = channels.get(f"127.0.0.1:{port}").unary_unary("/a/b")
                 with pytest.raises(grpc.aio.AioRpcError) as answer:
                     await call(b"", timeout=10.0)
                 assert answer.value.code() == grpc.StatusCode.UNIMPLEMENTED  # so the server was reached

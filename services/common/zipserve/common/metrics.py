@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 
 from zipserve.common.quick_histogram import QuickHistogram
@@ -81,7 +81,7 @@ class Metrics:
         if port is None:
             return None
         server, _ = start_http_server(port, addr=host.strip("[]"), registry=self.registry)
-        server.set_app(_with_health(server.get_app(), is_ready))
+        server.set_app(_with_health(make_wsgi_app(self.registry), is_ready))
         return int(server.server_port)
 
     def _add_requests(self) -> None:
