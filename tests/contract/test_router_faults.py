@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
@@ -273,7 +274,7 @@ async def test_sigterm_finishes_streams_and_refuses_new_ones(
         await gate.wait()
 
     router = AsyncExitStack()
-    cluster = await build(router, model, redis_url)
+    cluster = await build(router, model, redis_url, metrics_port=0)
     cluster.stack = stack
     await cluster.add("p0")
     await cluster.add("d0", at_token=wait)
@@ -282,12 +283,14 @@ async def test_sigterm_finishes_streams_and_refuses_new_ones(
     health: Any = health_pb2_grpc.HealthStub(channel)
     call = cluster.generate(stop=STOP_30)
     assert (await anext(aiter(call))).WhichOneof("event") == "started"
+    assert await pages(cluster) == {"/live": 200, "/health": 200}
     closing = asyncio.create_task(router.aclose())
     async with asyncio.timeout(5):
         status = health_pb2.HealthCheckResponse.SERVING
         while status == health_pb2.HealthCheckResponse.SERVING:
             status = (await health.Check(health_pb2.HealthCheckRequest())).status
     assert (await refusal(cluster.generate())).reason == "DRAINING"
+    assert await pages(cluster) == {"/live": 200, "/health": 503}
     assert not closing.done()
     gate.set()
     assert [event async for event in call][-1].finished.usage.completion_tokens == 30
@@ -316,6 +319,12 @@ async def test_metrics_and_the_log_line(fleet: Fleet) -> None:
     assert value("first_token_seconds_count") == 1
     assert (value("prompt_tokens_total"), value("generated_tokens_total")) == (10, 30)
     assert (value("running_requests"), value("queued_requests")) == (0, 0)
+
+
+async def pages(cluster: Cluster) -> dict[str, int]:
+    """Statuses of what a kubelet asks the router for."""
+    async with httpx.AsyncClient(base_url=f"http://{cluster.service.capabilities().metrics_address}") as http:
+        return {path: (await http.get(path)).status_code for path in ("/live", "/health")}
 
 
 async def _pass(_: object) -> None:

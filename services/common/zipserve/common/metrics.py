@@ -4,11 +4,12 @@
 what clients choose, none but the name of a configured key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 
 from zipserve.common.quick_histogram import QuickHistogram
@@ -77,12 +78,13 @@ class Metrics:
         self._add_transfers()
         self._add_prefixes()
 
-    def serve(self, host: str, port: int | None) -> int | None:
-        """Serves /metrics from a thread of the library's own, unless `port` is None, and returns its port: a free one
-        where 0 was asked for."""
+    def serve(self, host: str, port: int | None, is_ready: Callable[[], bool] = lambda: True) -> int | None:
+        """Serves /metrics, /live and /health from a thread of the library's own, unless `port` is None, and returns its
+        port: a free one where 0 was asked for."""
         if port is None:
             return None
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
+        server, _ = start_http_server(port, addr=host.strip("[]"), registry=self.registry)
+        server.set_app(_with_health(make_wsgi_app(self.registry), is_ready))
         return int(server.server_port)
 
     def _add_requests(self) -> None:
@@ -222,3 +224,18 @@ class Metrics:
             return None
         self.described.append(Described(name, kind, tuple(labels), meaning, tuple(services)))
         return self.registry
+
+
+def _with_health(metrics: WSGIApplication, is_ready: Callable[[], bool]) -> WSGIApplication:
+    """Beside metrics the pages for a kubelet, which has neither token nor certificate: /live is 200 for as long
+    as the process can answer at all, /health is 503 while it takes no new work."""
+
+    def page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path not in {"/live", "/health"}:
+            return metrics(environ, start_response)
+        well = path == "/live" or is_ready()
+        start_response("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain")])
+        return [b"ok\n" if well else b"takes no new work\n"]
+
+    return page

@@ -68,7 +68,8 @@ class ServiceSettings(BaseSettings):
     advertise_host: str = ""
     """Host under which others reach this process. Empty: the host of `listen`."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Port of the Prometheus endpoint on the host of `listen`; 0 takes a free one. Unset: none."""
+    """Port of /metrics, for Prometheus, and of /health and /live, for a kubelet, over HTTP on the host of `listen`; 0
+    takes a free one. Unset: none."""
     otlp_endpoint: str = Field(default_factory=_standard_endpoint, pattern=r"^(https?://\S+)?$")
     """Where traces go: http://host:port of an OTLP/gRPC collector, or https://. Unset: as the standard
     OTEL_EXPORTER_OTLP_(TRACES_)ENDPOINT says. Empty: nothing is traced."""

@@ -172,12 +172,14 @@ async def _serve_started(
     if settings.reflection:
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     facts = service.capabilities()
-    metrics_port = service.metrics.serve(settings.host, settings.metrics_port)
+    ready = asyncio.Event()
+    metrics_port = service.metrics.serve(settings.host, settings.metrics_port, ready.is_set)
     if facts is not None and metrics_port is not None:
         facts.metrics_address = settings.advertised(metrics_port)
     await server.start()
     for name in ("", *names):
         await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+    ready.set()
     async with RegistryWriter(settings, facts, service.load):
         _log.info("service.ready", address=address)
         if on_ready is not None:
@@ -185,6 +187,7 @@ async def _serve_started(
         await _until_shutdown(shutdown, service.loops())
         started_s = time.monotonic()
         service.begin_drain()
+        ready.clear()
         await checks.enter_graceful_shutdown()
         # the registry still shows the worker, now as draining, to readers that must find it for their pulls
         try:
