@@ -27,7 +27,7 @@ def profile_of(
     """A worker that can do both, with straight curves."""
     zero = np.zeros(1)
     step = StepModel(constant_ms, zero, np.array([token_ms]), 1e-4, zero, np.array([row_ms]), 1e-3)
-    role = RoleProfile(step, terms, step_tokens, slots, blocks, 64, 1_000, 0.02, 0.06)
+    role = RoleProfile(step, terms, step_tokens, slots, blocks, 64, 1_000, 0.02, 0.06, 0.01, 0.03)
     layout = Layout("a-model", "0123", layers=2, kv_heads=1, key_dim=64, value_dim=64, dtype="float32", codec=codec)
     return WorkerProfile(
         hardware=Hardware(device, threads, "checkpoint", 1),
