@@ -13,6 +13,8 @@ from zipserve.common.kv.layout import CODECS
 
 _SETTING = re.compile(r"(router|prefill|decode|kvstore)\.[a-z]\w*")
 
+_LEAST = {"prefill": 0, "decode": 1, "threads": 1}
+
 
 @dataclass(frozen=True)
 class Arrangement:
@@ -34,22 +36,18 @@ class Arrangement:
         Raises:
             InvalidRequestError: it cannot be served.
         """
-        for name, value, least in (
-            ("prefill", self.prefill, 0),
-            ("decode", self.decode, 1),
-            ("threads", self.threads, 1),
-        ):
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise InvalidRequestError(
-                    f"{self.name}: {name} is {value!r}, no whole number from {least} on", field=name
-                )
+                raise self._refused(name, f"{value!r}, no whole number from {least} on")
         if self.codec is not None and self.codec not in CODECS:
-            raise InvalidRequestError(
-                f"{self.name}: codec {self.codec!r} is none of {', '.join(CODECS)}", field="codec"
-            )
+            raise self._refused("codec", f"{self.codec!r}, none of {', '.join(CODECS)}")
         for setting, _ in self.settings:
             if not _SETTING.fullmatch(setting):
-                raise InvalidRequestError(f"{self.name}: {setting!r} is no SERVICE.FIELD", field="settings")
+                raise self._refused("settings", f"{setting!r}, no SERVICE.FIELD")
+
+    def _refused(self, field: str, what: str) -> InvalidRequestError:
+        return InvalidRequestError(f"{self.name}: {field} is {what}", field=field)
 
     @property
     def devices(self) -> int:

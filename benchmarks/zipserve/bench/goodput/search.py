@@ -86,7 +86,7 @@ class Search:
             return None
         return self._rate(step), self._runs(step)
 
-    def add(self, kept: int, requests: int) -> None:
+    def add(self, kept: float, requests: int) -> None:
         """Takes the outcome at the rate that `next` has told."""
         step = self._next_step()
         assert step is not None

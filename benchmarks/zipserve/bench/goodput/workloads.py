@@ -22,7 +22,9 @@ from zipserve.common.errors import InvalidRequestError
 class Workload(Protocol):
     """Requests at any rate."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """For reports."""
 
     def arrivals(self, count: int, rate: float, seed: str) -> list[Arrival]:
         """The first `count` requests at `rate` per second."""
@@ -59,9 +61,8 @@ class Lengths:
         low, high = ((math.log(bound) - centre) / self.sigma for bound in (self.low, self.high))
         unit = NormalDist()
         within = unit.cdf(high) - unit.cdf(low)
-        return (
-            math.exp(centre + self.sigma**2 / 2) * (unit.cdf(high - self.sigma) - unit.cdf(low - self.sigma)) / within
-        )
+        weighted = unit.cdf(high - self.sigma) - unit.cdf(low - self.sigma)
+        return math.exp(centre + self.sigma**2 / 2) * weighted / within
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Trace:
 
 
 # All fit into a context of 1,024 tokens. `rival` is the one on which rivals' settings were tuned. The others have mean
-# lengths of DistServe's (Figure 7): HumanEval's as they are; ShareGPT's and LongBench's a little more than a third of it.
+# lengths of DistServe's (Figure 7): HumanEval's as they are; ShareGPT's and LongBench's a little more than a third.
 MIXES = {
     mix.name: mix
     for mix in (
