@@ -4,7 +4,6 @@ The same seed gives the same requests at every rate, only closer together, and t
 between two runs is not the draw. Prompts are new in every run, so that no cache has seen them.
 """
 
-import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -41,12 +40,15 @@ class Lengths:
     low: int
     high: int
 
-    def draw(self, randomness: random.Random) -> int:
-        """A length in tokens."""
+    def draw(self, count: int, randomness: random.Random) -> list[int]:
+        """Lengths in tokens: one from each of `count` equally likely ranges, in any order, so that few of them already
+        have the distribution's mean and spread."""
         log = self._logs
-        share = randomness.uniform(log.cdf(math.log(self.low)), log.cdf(math.log(self.high)))
-        length = math.exp(log.inv_cdf(min(max(share, 1e-12), 1 - 1e-12)))
-        return min(max(round(length), self.low), self.high)
+        low, high = log.cdf(math.log(self.low)), log.cdf(math.log(self.high))
+        shares = [low + (high - low) * (index + randomness.random()) / count for index in range(count)]
+        randomness.shuffle(shares)
+        lengths = (math.exp(log.inv_cdf(min(max(share, 1e-12), 1 - 1e-12))) for share in shares)
+        return [min(max(round(length), self.low), self.high) for length in lengths]
 
     @cached_property
     def _logs(self) -> NormalDist:
@@ -67,7 +69,8 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Mix:
-    """Lengths drawn apart from each other, arrivals of a Poisson process."""
+    """Lengths drawn apart from each other; arrivals of a Poisson process, given how many there are in their time, which
+    makes the rate the one that is told."""
 
     name: str
     prompt: Lengths
@@ -75,10 +78,10 @@ class Mix:
 
     def arrivals(self, count: int, rate: float, seed: str) -> list[Arrival]:
         """See Workload."""
-        at = schedule.times("poisson", rate, random.Random(f"{seed}, arrivals"))  # noqa: S311  the same in every run
-        lengths = random.Random(f"{seed}, lengths")  # noqa: S311
-        due = itertools.islice(at, count)
-        return [Arrival(at_s, self.prompt.draw(lengths), self.output.draw(lengths)) for at_s in due]
+        randomness = random.Random(seed)  # noqa: S311  the same in every run
+        at = sorted(randomness.uniform(0, count) for _ in range(count))
+        prompts, outputs = self.prompt.draw(count, randomness), self.output.draw(count, randomness)
+        return [Arrival(at_s / rate, *sizes) for at_s, *sizes in zip(at, prompts, outputs, strict=True)]
 
 
 @dataclass(frozen=True)
