@@ -35,7 +35,7 @@ def test_few_requests_have_the_means_of_their_workload(mix: Mix) -> None:
     assert mix.arrivals(48, 0.5, "1, 0") != mix.arrivals(48, 0.5, "2, 0")
 
 
-@given(st.floats(0.1, 0.9), st.floats(0.2, 1.5), st.integers(8, 200), st.integers(2, 8))
+@given(st.floats(0.15, 0.6), st.floats(0.3, 1.0), st.integers(8, 200), st.integers(3, 12))
 def test_bounded_lengths(where: float, sigma: float, low: int, times: int) -> None:
     high = low * times
     lengths = Lengths(low + where * (high - low), sigma, low, high)

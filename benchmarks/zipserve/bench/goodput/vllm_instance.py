@@ -101,13 +101,14 @@ class Instance:
 
     def _until_ready(self) -> None:
         end_s = time.monotonic() + _START_S
-        while time.monotonic() < end_s:
-            if (status := self._process.poll()) is not None:
-                raise InvalidRequestError(f"vLLM ended with status {status}:\n{self._told()}", field="rival-python")
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=_STOP_S).status_code == httpx.codes.OK:
-                    return
-            time.sleep(_LOOK_S)
+        with httpx.Client(base_url=self.url) as client:
+            while time.monotonic() < end_s:
+                if (status := self._process.poll()) is not None:
+                    raise InvalidRequestError(f"vLLM ended with status {status}:\n{self._told()}", field="rival-python")
+                with suppress(httpx.HTTPError):
+                    if client.get("/health").status_code == httpx.codes.OK:
+                        return
+                time.sleep(_LOOK_S)
         raise InvalidRequestError(f"vLLM is not ready after {_START_S:g} s:\n{self._told()}", field="rival-python")
 
     def _told(self) -> str:

@@ -34,7 +34,7 @@ class Lengths:
     """A lognormal distribution of which only what lies within two bounds is drawn."""
 
     mean: float
-    """Of what is drawn, in tokens."""
+    """Of what is drawn, in tokens; not so close to a bound that no such distribution has it."""
     sigma: float
     """Of the logarithm, before the bounds."""
     low: int
@@ -53,7 +53,7 @@ class Lengths:
     @cached_property
     def _logs(self) -> NormalDist:
         """Of the logarithms: the centre that gives the mean, by halving, since one grows with the other."""
-        low, high = math.log(self.low) - 2 * self.sigma, math.log(self.high) + 2 * self.sigma
+        low, high = math.log(self.low) - 4 * self.sigma, math.log(self.high) + 4 * self.sigma
         for _ in range(60):
             centre = (low + high) / 2
             low, high = (centre, high) if self._mean_at(centre) < self.mean else (low, centre)
