@@ -71,8 +71,6 @@ class Vllm:
                 stack.enter_context(Instance(self.python, self.files, own, self.chunk_tokens, transfers=apart))
                 for own in self._cores()
             ]
-            for instance in instances:
-                instance.settle()
 
             @asynccontextmanager
             async def connect() -> AsyncIterator[Ask]:

@@ -82,6 +82,7 @@ class Instance:
                 raise InvalidRequestError(f"cannot run {self._command[0]}: {error}", field="rival-python") from error
             stack.callback(self._stop)
             self._until_ready()
+            self._settle()
             self._running = stack.pop_all()
         return self
 
@@ -90,7 +91,7 @@ class Instance:
     ) -> None:
         self._running.close()
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Keeps what computes on its cores, which it has left by itself; the server in front of it runs wherever there
         is room, as others' do. The thread of NIXL that polls without end gets what nobody else needs."""
         for process in descendants(self._process.pid):
