@@ -30,7 +30,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """A completion."""
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        port = self.server.server_address[1]
+        port = self.connection.getsockname()[1]
         tell(ASKED, {"port": port, **body})
         self._begin()
         if not body.get("stream"):
