@@ -13,6 +13,7 @@ BENCHMARKS = {
     "claims": "ZipCache's claims about latency and size, side by side on a served model",
     "prefix": "prompts that begin alike: what finding their blocks saves, on whole stacks",
     "serve": "an open loop of requests against an endpoint or a stack: latencies, rates, goodput",
+    "goodput": "arrangements of the same cores, and a rival's: the rate that each bears within objectives",
     "router": "what one router process adds, and how many tokens go through it, before stub workers",
     "transfer": "KV pulls between two processes beside raw NIXL and memcpy, and the bytes that they move",
 }

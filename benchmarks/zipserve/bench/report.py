@@ -54,6 +54,14 @@ def whole(least: int) -> Callable[[str], int]:
     return parse
 
 
+def above_0(text: str) -> float:
+    """For argparse: the type of options that take a finite number above 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
+
+
 def finish(name: str, checks: Sequence[Check], *, device: str, as_json: bool, **details: Any) -> int:
     """Prints the bars, and as the last line of stdout, where wanted, one JSON object with them and `details`.
 
@@ -74,9 +82,14 @@ def finish(name: str, checks: Sequence[Check], *, device: str, as_json: bool, **
             for check in checks
         ]
         found = {"benchmark": name, "checks": bars, "commit": commit(), "device": device, "versions": versions()}
-        print(json.dumps(_without_nan({**found, **details}), allow_nan=False))
+        print(dumps({**found, **details}))
     sys.stdout.flush()
     return int(any(check.decides and not check.met for check in checks))
+
+
+def dumps(value: Any) -> str:
+    """One line of JSON; null stands for numbers that are not finite, which JSON does not know."""
+    return json.dumps(_without_nan(value), allow_nan=False)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -132,7 +145,6 @@ def _row(check: Check) -> tuple[str, str, str, str]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN and no infinity."""
     if isinstance(value, Mapping):
         return {key: _without_nan(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

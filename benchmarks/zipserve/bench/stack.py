@@ -12,12 +12,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+from zipserve.bench import cores
 from zipserve.common.errors import InternalError
 
 COLOCATED = ("--prefill", "0", "--decode", "1")
 APART = ("--prefill", "1", "--decode", "1")
 _READY = re.compile(r"\s*([\d.]+) s (\S+) is ready \(")
 _ALL_READY = re.compile(r"ready after ([\d.]+) s, router on (\S+)")
+_ID = "--worker-id="
 _STOP_S = 60.0
 _TOLD_LINES = 20
 
@@ -63,6 +65,11 @@ class Stack:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._running.close()
+
+    def workers(self) -> dict[str, int]:
+        """The processes of all services, by their ids."""
+        marked = ((pid, argument) for pid in cores.descendants(self._process.pid) for argument in cores.command(pid))
+        return {argument.removeprefix(_ID): pid for pid, argument in marked if argument.startswith(_ID)}
 
     def _listen(self) -> None:
         """Reads what it says until everything is ready, and leaves the rest to a thread."""

@@ -40,7 +40,7 @@ class Vllm:
             str(python), "-P", str(Path(__file__).with_name("vllm_process.py")), "--model", str(files.folder),
             "--rows", str(max(_SEQUENCES, rows_max)), "--context", str(context_tokens), "--chunk", str(_CHUNK_TOKENS),
         ]  # fmt: skip
-        self._environment = _environment(python, threads, kv_bytes)
+        self._environment = environment(python, threads, kv_bytes)
 
     def __enter__(self) -> "Vllm":
         """Starts it, and waits until it is ready: a minute, or three the first time, when it compiles.
@@ -101,7 +101,7 @@ class Vllm:
         return json.loads(line)
 
 
-def _environment(python: Path, threads: int, kv_bytes: int) -> dict[str, str]:
+def environment(python: Path, threads: int, kv_bytes: int) -> dict[str, str]:
     """Ours, without what would lead it to our packages, and with what vLLM wants on a CPU."""
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import itertools
-import math
 import random
 import shlex
 from contextlib import AsyncExitStack, nullcontext
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 
 from zipserve.bench import report
-from zipserve.bench.report import Check
+from zipserve.bench.report import Check, above_0
 from zipserve.bench.serve import arrivals as schedule
 from zipserve.bench.serve import plot
 from zipserve.bench.serve.arrivals import Arrival, Length
@@ -40,10 +39,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--api-key", default="", metavar="KEY", help="sent with every request")
     options.add_argument("--model", default="", help="model id (default: the only or first one served)")
     options.add_argument("--arrivals", choices=schedule.PROCESSES, default="poisson", help="(default: poisson)")
-    options.add_argument("--rate", type=_above_0, default=1.0, metavar="R", help="requests per second (default: 1)")
-    options.add_argument("--burstiness", type=_above_0, default=2.0, metavar="CV", help="of gamma (default: 2)")
+    options.add_argument("--rate", type=above_0, default=1.0, metavar="R", help="requests per second (default: 1)")
+    options.add_argument("--burstiness", type=above_0, default=2.0, metavar="CV", help="of gamma (default: 2)")
     options.add_argument("--trace", type=Path, metavar="FILE", help="arrivals from CSV or JSON lines instead")
-    options.add_argument("--speed", type=_above_0, default=1.0, metavar="X", help="plays the trace faster (default: 1)")
+    options.add_argument("--speed", type=above_0, default=1.0, metavar="X", help="plays the trace faster (default: 1)")
     options.add_argument("--requests", type=report.whole(1), metavar="N", help="(default: 100, quick: 8; or the trace)")
     options.add_argument("--warm-up", type=report.whole(0), default=4, metavar="N", help="requests before (default: 4)")
     options.add_argument("--seed", type=int, default=1, help="of arrivals, lengths and prompts (default: 1)")
@@ -52,10 +51,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--output-tokens", type=_length, default=Length("fixed", 32), metavar="L", help="the same")
     options.add_argument("--text", type=Path, metavar="FILE", help="prompts are pieces of it (default: random ids)")
     options.add_argument("--vocab", type=report.whole(16), default=32_000, help="of random ids, if unknown")
-    options.add_argument("--slo-ttft-ms", type=_above_0, metavar="MS", help="objective: time to first token")
-    options.add_argument("--slo-tpot-ms", type=_above_0, metavar="MS", help="objective: time per token")
+    options.add_argument("--slo-ttft-ms", type=above_0, metavar="MS", help="objective: time to first token")
+    options.add_argument("--slo-tpot-ms", type=above_0, metavar="MS", help="objective: time per token")
+    options.add_argument("--slo-gap-ms", type=above_0, metavar="MS", help="objective: every gap between tokens")
     options.add_argument("--attain", type=float, default=0.9, metavar="SHARE", help="of requests that must keep them")
-    options.add_argument("--timeout", type=_above_0, default=600.0, metavar="S", help="of a request (default: 600)")
+    options.add_argument("--timeout", type=above_0, default=600.0, metavar="S", help="of a request (default: 600)")
     options.add_argument("--plot", type=Path, metavar="PNG", help="draw the distributions")
     return options
 
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     with stack as started:
         address = started.address if started is not None else options.address
         records = asyncio.run(_run(options, address))
-    objective = Objective(_seconds(options.slo_ttft_ms), _seconds(options.slo_tpot_ms))
+    objective = Objective(*map(_seconds, (options.slo_ttft_ms, options.slo_tpot_ms, options.slo_gap_ms)))
     found = summary(records, objective)
     print(_table(found))
     if options.plot:
@@ -166,13 +166,6 @@ def _table(found: dict[str, Any]) -> str:
 
 def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
-
-
-def _above_0(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
-    return value
 
 
 def _length(text: str) -> Length:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import httpx
@@ -51,26 +51,35 @@ class GrpcEndpoint:
 class HttpEndpoint:
     """A server of OpenAI's `/v1/completions`: zipserve, vLLM, SGLang, llama.cpp …"""
 
-    def __init__(self, client: httpx.AsyncClient, model: str) -> None:
+    def __init__(self, client: httpx.AsyncClient, model: str, extra: Mapping[str, Any] | None = None) -> None:
         """
         Args:
             client: with the server's address as its base URL, keys and limits of time.
+            extra: fields of every request that only some servers know. With vLLM's `return_token_ids` tokens are
+                counted by their ids, also those without text of their own.
         """
         self._client = client
-        self._model = model
+        self.model = model
+        self._extra = extra or {}
 
     async def ask(self, prompt: Prompt, output_tokens: int, record: Record) -> None:
         """See `Ask`."""
+        record.sent_s = time.perf_counter()
+        await self.stream(prompt, output_tokens, record)
+
+    async def stream(self, prompt: Prompt, output_tokens: int, record: Record, **extra: Any) -> None:
+        """As `ask`, for a request that was sent before; `extra` are more fields of this one."""
         body = {
-            "model": self._model,
+            "model": self.model,
             "prompt": prompt,
             "max_tokens": output_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
             "ignore_eos": True,
+            **self._extra,
+            **extra,
         }
-        record.sent_s = time.perf_counter()
         try:
             async with self._client.stream("POST", "/v1/completions", json=body) as response:
                 if response.status_code != httpx.codes.OK:
@@ -96,19 +105,25 @@ async def _read(response: httpx.Response, record: Record) -> None:
         event: dict[str, Any] = json.loads(data)
         if "error" in event:
             raise InternalError(str(event["error"]))
-        if any(choice.get("text") for choice in event.get("choices", ())):
-            record.arrivals.append((time.perf_counter(), 1))
+        if came := sum(_tokens(choice) for choice in event.get("choices", ())):
+            record.arrivals.append((time.perf_counter(), came))
         tokens = (event.get("usage") or {}).get("completion_tokens") or tokens
     else:
         raise InternalError("the stream ended without [DONE]")
     _spread(record, tokens)
 
 
+def _tokens(choice: Mapping[str, Any]) -> int:
+    """That came with a choice of an event: as many as it has ids, else one if it has text."""
+    ids = choice.get("token_ids")
+    return len(ids) if ids is not None else int(bool(choice.get("text")))
+
+
 def _spread(record: Record, tokens: int) -> None:
-    """An event does not say how many tokens it brings: what the usage tells beyond one each came with the last."""
-    if record.arrivals and tokens > len(record.arrivals):
-        at_s, _ = record.arrivals[-1]
-        record.arrivals[-1] = at_s, 1 + tokens - len(record.arrivals)
+    """Where events do not say how many tokens they bring: what the usage tells beyond one each came with the last."""
+    if record.arrivals and tokens > record.tokens:
+        at_s, came = record.arrivals[-1]
+        record.arrivals[-1] = at_s, came + tokens - record.tokens
 
 
 async def find_model(client: httpx.AsyncClient) -> str:

@@ -1,5 +1,6 @@
 """What a client saw of each request, and what that comes to. Pure. All times in seconds of one clock."""
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -53,7 +54,12 @@ class Record:
 
     def gaps_s(self) -> list[float]:
         """Between arrivals of tokens."""
-        return [later - earlier for (earlier, _), (later, _) in zip(self.arrivals, self.arrivals[1:], strict=False)]
+        return [later - earlier for (earlier, _), (later, _) in itertools.pairwise(self.arrivals)]
+
+    @property
+    def largest_gap_s(self) -> float:
+        """NaN without any."""
+        return max(self.gaps_s(), default=math.nan)
 
 
 @dataclass(frozen=True)
@@ -62,14 +68,17 @@ class Objective:
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    gap_s: float | None = None
+    """Of every gap between tokens."""
 
     def kept(self, record: Record) -> bool:
-        """By a request that succeeded; one of a single token has no time per token, which keeps any."""
+        """By a request that succeeded; one of a single token has no time per token and no gap, which keeps any."""
         if record.error or not record.arrivals:
             return False
         late = self.ttft_s is not None and record.ttft_s > self.ttft_s
         slow = self.tpot_s is not None and record.tpot_s > self.tpot_s
-        return not (late or slow)
+        stalled = self.gap_s is not None and record.largest_gap_s > self.gap_s
+        return not (late or slow or stalled)
 
 
 def quantile(values: Iterable[float], q: float) -> float:
@@ -104,6 +113,7 @@ def summary(records: Sequence[Record], objective: Objective) -> dict[str, Any]:
         "goodput": {
             "ttft_s": objective.ttft_s,
             "tpot_s": objective.tpot_s,
+            "gap_s": objective.gap_s,
             "share": kept / len(records) if records else math.nan,
             "requests_per_s": kept * per_s,
         },
