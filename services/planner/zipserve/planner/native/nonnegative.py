@@ -47,7 +47,7 @@ def solve(A: Floats, b: Floats) -> Floats:
     scale = np.linalg.norm(A, axis=0)
     scale[scale == 0] = 1.0
     # the same problem in as many equations as there are unknowns
-    R: Floats = np.linalg.qr(np.column_stack((A / scale, b)), mode="r")
+    R = np.linalg.qr(np.column_stack((A / scale, b))).R
     found: Floats = _active_set(R[:, :-1], R[:, -1]) / scale
     return found
 
