@@ -21,6 +21,8 @@ TERMS: tuple[Term, ...] = get_args(Term)
 STEPS_MIN = 24
 _KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 _SEGMENT_STEPS_MIN = 8
+_SEGMENT_SHARE_MIN = 0.05
+"""Of the steps that have some of it: a segment of few bends to their noise."""
 _OPEN_MAX = 0.5
 """What a term makes of a step's time may be unsure by this share of it, one standard deviation."""
 _FOLDS = 5
@@ -173,9 +175,10 @@ class _Curve:
         first = int(x.min() > 0)  # where every step has some of it, the way up from 0 is part of the constant
         if first:
             knots.append(float(x.min()))
+        least = max(_SEGMENT_STEPS_MIN, _SEGMENT_SHARE_MIN * (x > 0).sum())
         for knot in _KNOTS:
             below = ((x > knots[-1]) & (x <= knot)).sum()
-            if below >= _SEGMENT_STEPS_MIN and (x > knot).sum() >= _SEGMENT_STEPS_MIN:
+            if below >= least and (x > knot).sum() >= least:
                 knots.append(float(knot))
         starts = np.array(knots)
         lengths = np.append(np.diff(starts), np.inf)

@@ -23,7 +23,7 @@ STACK_FILE = "stack.json"
 """In the folder of the logs of `zipserve up`: how to find what runs there."""
 _CALLS_SHARE = 0.15
 """Of the time, for pulls, by the way through the router."""
-_QUICK_S = 20.0
+_QUICK_S = 15.0
 _QUICK_TOKENS_MAX = 600
 
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     how_long = parser.add_mutually_exclusive_group()
     how_long.add_argument("--minutes", type=float, default=5.0, metavar="M", help="of load, at most 10 (default: 5)")
-    how_long.add_argument("--quick", action="store_true", help="20 seconds of short prompts: to try it out")
+    how_long.add_argument("--quick", action="store_true", help="15 seconds of short prompts: to try it out")
     how_long.add_argument(
         "--data-sheet", type=Path, metavar="FILE",
         help="no cluster at all: JSON of what a device promises (docs/planner.md), for the models of --base",
