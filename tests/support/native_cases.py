@@ -50,7 +50,7 @@ def alone(
     decode: StepModel, *, step_tokens: int = 64, slots: int = 8, blocks: int = 256, slowdown: float = 1.5
 ) -> Cluster:
     """One decode worker that computes the prompts as well."""
-    worker = DecodeWorker(decode, kv_of(), slots, blocks, step_tokens, slowdown)
+    worker = DecodeWorker(decode, kv_of(), slots, blocks, step_tokens, slowdown, free_ms=0.0)
     return Cluster([], [worker], router=Router(local_tokens_max=-1))
 
 
@@ -116,6 +116,7 @@ def clusters(draw: st.DrawFn) -> Cluster:
             draw(st.sampled_from([1.25, 1.5, 3.0])),
             limit("tails"),
             overhead,
+            draw(st.sampled_from([0.0, 0.0, 12.0])),
         )
         for i in range(draw(st.integers(len(kvs), 3)))
     ]

@@ -132,7 +132,7 @@ class Decode:
             parked_bytes_max=1 << 40,
             parked_bytes=lambda tokens: tokens,
         )
-        self.pacing = Pacing(worker.step_tokens, worker.slowdown_max)
+        self.pacing = Pacing(worker.step_tokens, worker.slowdown_max, worker.free_ms)
         self.busy = False
         self.parkings = 0
 

@@ -65,6 +65,34 @@ def test_noise_and_stalls_do_not_mislead_it() -> None:
     assert run(pacing, of, 8, 50)[-1] == pytest.approx(48, abs=16)
 
 
+def test_a_chunk_is_not_priced_by_its_fixed_cost() -> None:
+    """As on a small machine, where 4 tokens beside a batch take 37 ms and 32 take 143."""
+    of = machine(read_s=0.05, row_s=0.0, chunk_s=0.022, token_s=0.0038)
+    pacing = Pacing(256, 1.5, free_s=0.19)
+    chunks = run(pacing, of, 2, 40)
+    assert chunks[-1] == 28
+    assert of(2, 28) <= 0.19 < of(2, 32)
+    assert max(of(2, tokens) for tokens in chunks) < 0.2
+
+
+def test_contexts_that_grow_are_seen() -> None:
+    pacing, grown = Pacing(512, 2.0), machine(read_s=0.06)
+    run(pacing, machine(), 8, 50)
+    chunks = run(pacing, grown, 8, 600)
+    assert chunks.count(0) == 9
+    assert 1.8 * grown(8, 0) < grown(8, chunks[-1]) <= 2.0 * grown(8, 0)
+
+
+@given(st.floats(0.01, 0.2), st.floats(0.0, 0.5))
+def test_what_is_free_is_taken(read_s: float, free_s: float) -> None:
+    of, pacing = machine(read_s=read_s), Pacing(10_000, 1.5, free_s)
+    run(pacing, of, 4, 63)
+    tokens = pacing.chunk_tokens(4)
+    allowed_s = max(1.5 * of(4, 0), free_s)
+    assert tokens == CHUNK_TOKENS_MIN or of(4, tokens) <= 1.02 * allowed_s
+    assert of(4, tokens + 2 * CHUNK_TOKENS_MIN) >= 0.98 * allowed_s
+
+
 def test_nothing_decodes() -> None:
     assert Pacing(256, 2.0).chunk_tokens(0) == 256
 

@@ -175,7 +175,8 @@ def test_without_tokens_to_decode_beside_it_a_colocated_worker_prefills_as_a_pre
 
 @given(rows=st.integers(1, 7), prompt=st.integers(1, 20))
 def test_a_token_takes_longer_in_a_larger_batch_and_behind_a_longer_context(rows: int, prompt: int) -> None:
-    cluster = cases.pair_of(cases.model(1), cases.model(1, row=1, context=0.5), slots=64)
+    # all prompts in one step, so that all sequences begin together
+    cluster = cases.pair_of(cases.model(1), cases.model(1, row=1, context=0.5), step_tokens=256, slots=64)
 
     def tpot_ms(sequences: int, tokens: int) -> float:
         return float(simulate(cluster, cases.load_of([(0.0, tokens, 5)] * sequences), RATE).tpot_ms[0])

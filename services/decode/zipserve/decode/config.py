@@ -18,6 +18,8 @@ class DecodeSettings(WorkerSettings):
     step_slowdown_max: float = Field(default=1.5, gt=1.0)
     """How many times longer a step may take for the prompts that are computed here beside it. They advance by 4 tokens
     all the same."""
+    step_free_s: float = Field(default=0.1, ge=0.0)
+    """With prompts a step may take so long in any case: nobody reads faster, and prompts wait less."""
     parked_bytes_max: int = Field(default=1 << 30, ge=0)
     """Most host memory for sequences that had to make room for older ones, in bytes; one beyond fails, and is replayed
     elsewhere."""

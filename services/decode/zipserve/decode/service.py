@@ -73,7 +73,7 @@ class DecodeService:
             self.source,
             self.puller,
             self.peers.fetcher,
-            Pacing(device.step_tokens, settings.step_slowdown_max),
+            Pacing(device.step_tokens, settings.step_slowdown_max, settings.step_free_s),
             self.metrics,
         )
         self.source.on_free = self.worker.free

@@ -39,6 +39,7 @@ class Cluster:
             check_limit(f"link {i}", "fixed_ms", link.fixed_ms, least=0.0)
         for i, worker in enumerate(self.decodes):
             check_limit(f"decode worker {i}", "slowdown_max", worker.slowdown_max, above=1.0)
+            check_limit(f"decode worker {i}", "free_ms", worker.free_ms, least=0.0)
         check_limit("the router", "requests_max", self.router.requests_max, least=1)
         self._check_wires()
         self._check_layouts()

@@ -95,9 +95,10 @@ whole numbers and one of times. Tokens are counted in tokens, KV in blocks, time
     PAIR_MS,
     CONTEXT_MS,
     SLOWDOWN,  # how many times longer than without prompts a decode step may take
+    FREE_MS,  # how long it may take in any case
     OVERHEAD_MS,  # added to the first token of every request whose prompt it computes
     RATE_COLUMNS,
-) = range(5)
+) = range(6)
 
 # Of a link.
 BYTES_PER_MS, FIXED_MS = range(2)

@@ -77,8 +77,8 @@ def begin_decode(machines: Machines, state: State, worker: int, now_ms: float) -
             return
     rows, tokens, pairs = running - prompts, 0, 0.0
     if prompts:
-        slowdown = machines.rates[worker, c.SLOWDOWN]
-        offered = chunk_tokens(state.paces_ms[worker], rows, size[c.STEP_TOKENS], slowdown)
+        rates = machines.rates[worker]
+        offered = chunk_tokens(state.paces[worker], rows, size[c.STEP_TOKENS], rates[c.SLOWDOWN], rates[c.FREE_MS])
         share(machines, state, worker, _prompts_by_rank(state, worker, running), offered, False)
         tokens, pairs = shared(state, worker)
     station[c.STEPPING], station[c.STEP_ROWS], station[c.STEP_PROMPT_TOKENS] = running, rows, tokens
@@ -97,9 +97,7 @@ def end_decode(machines: Machines, state: State, goal: Goal, worker: int, now_ms
     station = state.stations[worker]
     end_step(state, worker)
     free_spent_tails(state, worker)
-    note_step(
-        state.paces_ms[worker], station[c.STEP_ROWS], station[c.STEP_PROMPT_TOKENS], state.clocks[worker, c.STEP_MS]
-    )
+    note_step(state.paces[worker], station[c.STEP_ROWS], station[c.STEP_PROMPT_TOKENS], state.clocks[worker, c.STEP_MS])
     done = _count_tokens(machines, state, goal, worker, now_ms)
     started = count_shares(state, worker)
     for i in range(started):

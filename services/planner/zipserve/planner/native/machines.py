@@ -59,8 +59,8 @@ def lay_out(
         )  # fmt: skip
         sizes[i, [c.BLOCK_TOKENS, c.BLOCK_BYTES, c.TAIL_BYTES]] = kv.block_tokens, kv.block_bytes, kv.tail_bytes
         sizes[i, c.LAYOUT] = layouts.index(kv.layout)
-        slowdown = worker.slowdown_max if isinstance(worker, DecodeWorker) else 1.0
-        rates[i] = model.pair_ms, model.context_ms, slowdown, worker.overhead_ms
+        slowdown, free_ms = (worker.slowdown_max, worker.free_ms) if isinstance(worker, DecodeWorker) else (1.0, 0.0)
+        rates[i] = model.pair_ms, model.context_ms, slowdown, free_ms, worker.overhead_ms
         tokens_ms[i] = [step_ms(model, tokens, 0.0, 0, 0.0) for tokens in range(tokens_ms.shape[1])]
         bare = model._replace(constant_ms=0.0)
         rows_ms[i] = [step_ms(bare, 0, 0.0, rows, 0.0) for rows in range(rows_ms.shape[1])]

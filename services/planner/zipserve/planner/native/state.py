@@ -7,13 +7,11 @@ from numpy.typing import NDArray
 
 from zipserve.planner.native import columns as c
 from zipserve.planner.native.machines import Machines
+from zipserve.planner.native.pacing import fresh_paces
 from zipserve.planner.native.traffic import Traffic
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-
-ROW_BITS = 64
-"""Learned times of decode steps are kept by the bits of their number of rows."""
 
 
 class State(NamedTuple):
@@ -35,9 +33,8 @@ class State(NamedTuple):
     """[workers, slots]: requests whose prompts have a share in the step that runs."""
     order: Ints
     """[requests]: prompts by rank, while a step is shared out."""
-    paces_ms: Floats
-    """[workers, 1 + ROW_BITS]: what a decode worker has learned: what a token of a prompt adds to a step, then what
-    decode steps take by the bits of their number of rows; negative: nothing yet."""
+    paces: Floats
+    """[workers, columns]: what a decode worker has learned of its steps."""
     gaps_ms: Floats
     """[tokens]: before each token of each request but the first, request by request."""
     late: Ints
@@ -64,7 +61,7 @@ def fresh_state(
         rows=np.zeros((workers, slots), np.int64),
         chunks=np.zeros((workers, slots), np.int64),
         order=np.zeros(count, np.int64),
-        paces_ms=np.full((workers, 1 + ROW_BITS), c.UNKNOWN),
+        paces=fresh_paces(workers),
         gaps_ms=np.empty(int(traffic.outputs.sum())),
         late=np.zeros(objectives, np.int64),
         counters=np.zeros(c.COUNTERS, np.int64),

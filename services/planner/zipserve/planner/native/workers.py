@@ -11,6 +11,7 @@ from zipserve.planner.native.step_model import StepModel
 
 TAILS_DEFAULT = 64
 SLOWDOWN_DEFAULT = 1.5
+FREE_MS_DEFAULT = 100.0
 REQUESTS_MAX_DEFAULT = 256
 TOKENS_MAX_DEFAULT = 1 << 19
 
@@ -61,6 +62,8 @@ class DecodeWorker:
     tails: int = TAILS_DEFAULT
     overhead_ms: float = 0.0
     """What the router and the calls add to the first token, where the prompt is computed here."""
+    free_ms: float = FREE_MS_DEFAULT
+    """With prompts a step may take so long in any case."""
 
 
 @dataclass(frozen=True)

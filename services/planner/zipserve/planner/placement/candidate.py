@@ -11,7 +11,7 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native.arrangement import apart, decode_worker, prefill_worker, together
 from zipserve.planner.native.cluster import Cluster
 from zipserve.planner.native.profile import WorkerProfile
-from zipserve.planner.native.workers import SLOWDOWN_DEFAULT, DecodeWorker, PrefillWorker
+from zipserve.planner.native.workers import FREE_MS_DEFAULT, DecodeWorker, PrefillWorker
 from zipserve.planner.placement.fleet import Fleet, taken_by
 
 APART, TOGETHER = "apart", "together"
@@ -25,6 +25,8 @@ class Settings:
 
     step_tokens: int | None = None
     slots: int | None = None
+    free_ms: float = FREE_MS_DEFAULT
+    """Of workers that do both: with prompts a step may take so long in any case."""
 
     def on(self, worker: W) -> W:
         """The worker with these settings.
@@ -57,6 +59,7 @@ class Group:
         profile, own = self.profile, self.settings
         told = [profile.hardware.device, f"TP {profile.tensor}" if profile.tensor > 1 else "", profile.codec]
         told += [f"steps of {own.step_tokens}" if own.step_tokens else "", f"{own.slots} slots" if own.slots else ""]
+        told.append(f"{own.free_ms:g} ms free" if own.free_ms != FREE_MS_DEFAULT else "")
         return f"{self.replicas} × ({', '.join(filter(None, told))})"
 
 
@@ -67,7 +70,6 @@ class Candidate:
     prefill: Group | None
     """None: decode workers compute prompts as well."""
     decode: Group
-    slowdown_max: float = SLOWDOWN_DEFAULT
 
     @property
     def arrangement(self) -> str:
@@ -88,13 +90,16 @@ class Candidate:
         """
         decodes = [self.decode.profile] * self.decode.replicas
         if self.prefill is None:
-            plain = together(decodes, slowdown_max=self.slowdown_max)
+            plain = together(decodes)
             own = Settings()
         else:
-            plain = apart([self.prefill.profile] * self.prefill.replicas, decodes, slowdown_max=self.slowdown_max)
+            plain = apart([self.prefill.profile] * self.prefill.replicas, decodes)
             own = self.prefill.settings
         prefills = [own.on(worker) for worker in plain.prefills]
-        return replace(plain, prefills=prefills, decodes=[self.decode.settings.on(worker) for worker in plain.decodes])
+        decode_workers = [
+            replace(self.decode.settings.on(worker), free_ms=self.decode.settings.free_ms) for worker in plain.decodes
+        ]
+        return replace(plain, prefills=prefills, decodes=decode_workers)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -120,6 +125,7 @@ def candidates(
     fleet: Fleet,
     prefill_settings: Sequence[Settings] = (Settings(),),
     decode_settings: Sequence[Settings] = (Settings(),),
+    free_ms_to_try: Sequence[float] = (FREE_MS_DEFAULT,),
 ) -> tuple[list[Candidate], list[Refused]]:
     """All that a fleet has the devices for, and what kinds cannot be used, with the reason."""
     uses: dict[str, Callable[[WorkerProfile], object]] = {
@@ -142,7 +148,11 @@ def candidates(
                 refused.append(Refused(f"{profile} for {use}:", error.message))
             else:
                 able[use].append(profile)
-    both = [Candidate(None, group) for group in _groups(able["both"], fleet, decode_settings)]
+    both = [
+        Candidate(None, Group(group.profile, group.replicas, replace(group.settings, free_ms=free_ms)))
+        for group in _groups(able["both"], fleet, decode_settings)
+        for free_ms in free_ms_to_try
+    ]
     separate = [
         Candidate(prefill, decode)
         for prefill in _groups(able["prompts"], fleet, prefill_settings)

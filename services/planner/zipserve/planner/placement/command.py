@@ -38,6 +38,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--seeds", type=int, default=5, metavar="N", help="draws of the arrivals (default: 5)")
     own.add_argument("--step-tokens", type=_numbers, default=[None], metavar="N,N", help="to try")
     own.add_argument("--slots", type=_numbers, default=[None], metavar="N,N", help="to try")
+    own.add_argument(
+        "--step-free", type=_numbers, default=[100], metavar="MS,MS", help="step_free_s to try, of workers that do both"
+    )
     own.add_argument("--values", type=Path, metavar="FILE", help="write the best one for the Helm chart")
     own.add_argument(
         "--watch", type=float, metavar="S",
@@ -125,6 +128,7 @@ def _question(options: argparse.Namespace, profiles: Sequence[WorkerProfile], tr
         arrivals=options.arrivals,
         prefill_settings=settings,
         decode_settings=settings,
+        free_ms_to_try=options.step_free,
         prune=not options.exhaustive,
     )
 

@@ -10,6 +10,7 @@ from zipserve.planner.native.goodput import SEEDS, Goodput, drawn, goodput
 from zipserve.planner.native.objectives import Slo
 from zipserve.planner.native.profile import WorkerProfile
 from zipserve.planner.native.traffic import Traffic
+from zipserve.planner.native.workers import FREE_MS_DEFAULT
 from zipserve.planner.placement.candidate import APART, TOGETHER, Candidate, Refused, Settings, candidates
 from zipserve.planner.placement.ceiling import ceiling
 from zipserve.planner.placement.fleet import Fleet
@@ -31,6 +32,7 @@ class Question:
     arrivals: str = "poisson"
     prefill_settings: Sequence[Settings] = (Settings(),)
     decode_settings: Sequence[Settings] = (Settings(),)
+    free_ms_to_try: Sequence[float] = (FREE_MS_DEFAULT,)
     prune: bool = True
 
 
@@ -82,7 +84,7 @@ def search(question: Question) -> Ranking:
             against it.
     """
     q = question
-    built, refused = candidates(q.profiles, q.fleet, q.prefill_settings, q.decode_settings)
+    built, refused = candidates(q.profiles, q.fleet, q.prefill_settings, q.decode_settings, q.free_ms_to_try)
     if not built:
         raise InvalidRequestError(f"nothing can be built: {_reasons(refused)}", field="devices")
     loads = [drawn(q.traffic, seed, len(q.seeds), q.arrivals) for seed in q.seeds]

@@ -12,7 +12,7 @@ _NONE = {"groups": {}, "replicas": 0}
 
 def values(candidate: Candidate) -> dict[str, Any]:
     """What `helm install -f` takes: a group of workers for each role, and where the router has prompts computed."""
-    decode_settings = {"step_slowdown_max": candidate.slowdown_max} if candidate.prefill is None else {}
+    decode_settings = {"step_free_s": candidate.decode.settings.free_ms / 1000} if candidate.prefill is None else {}
     return {
         "prefill": _role("prefill", candidate.prefill, {}) if candidate.prefill else _NONE,
         "decode": _role("decode", candidate.decode, decode_settings),
