@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit
 
 from zipserve.planner.native import columns as c
-from zipserve.planner.native.compiled import compiled
+from zipserve.planner.native.compiled import OPTIONS, compiled
 from zipserve.planner.native.decode import admit, begin_decode, end_decode, enter_line, join_pulled
 from zipserve.planner.native.lateness import Goal, note_overdue, note_refused, note_time
 from zipserve.planner.native.links import end_pull
@@ -114,7 +114,7 @@ def _digest() -> str:
 
 
 def _compiled(sources: str) -> Callable[[Machines, State, Goal], bool]:
-    @njit(cache=True, nogil=True, error_model="numpy", _nrt=False)
+    @njit(cache=True, **OPTIONS)
     def run(machines: Machines, state: State, goal: Goal) -> bool:
         """Simulates all requests, in `state`, which has to be fresh; False if an objective was missed and the run was
         given up."""
