@@ -71,11 +71,11 @@ def _models(draw: st.DrawFn) -> StepModel:
     tokens, rows = draw(_slopes), draw(_slopes)
     return StepModel(
         draw(st.integers(1, 4).map(float)),
-        np.arange(len(tokens)) * 3.0,
-        np.array(tokens),
+        np.arange(len(tokens), dtype=np.float64) * 3.0,
+        np.array(tokens, np.float64),
         draw(st.sampled_from([0.0, 0.0, 0.5])),
-        np.arange(len(rows)) * 2.0,
-        np.array(rows),
+        np.arange(len(rows), dtype=np.float64) * 2.0,
+        np.array(rows, np.float64),
         draw(st.sampled_from([0.0, 0.0, 0.25])),
     )
 

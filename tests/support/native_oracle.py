@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from zipserve.common.chunking import share
@@ -22,7 +23,7 @@ from zipserve.planner.native.workers import DecodeWorker, PrefillWorker
 from zipserve.planner.workload import Workload
 from zipserve.prefill.scheduler import Chunk, Job, PrefillScheduler
 from zipserve.router.admission import Admission
-from zipserve.router.policy import InFlight, Need, Pair, Worker, choose, choose_alone
+from zipserve.router.policy import Alone, InFlight, Need, Pair, Worker, choose, choose_alone
 
 NEED = Need("m", "", 1)
 
@@ -259,7 +260,7 @@ class Oracle:
 
     def run(self) -> None:
         for call in self.calls:
-            self.at(call.arrived_ms, -1, lambda now_ms, call=call: self.arrive(call, now_ms))
+            self.at(call.arrived_ms, -1, partial(self.arrive, call))
         while self.events or self.dirty:
             if self.dirty and (not self.events or self.events[0][0] > self.now_ms):
                 dirty, self.dirty = sorted(self.dirty), set()
@@ -281,6 +282,7 @@ class Oracle:
             self.admission.leave(place, now_ms)
             return
         decodes = [decode.record() for decode in self.decodes]
+        route: Pair | Alone | None
         if self.router.is_local(call.prompt):
             route = choose_alone(decodes, NEED, self.in_flight)
         else:

@@ -1,5 +1,6 @@
 """Clusters made of measured workers."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -26,8 +27,8 @@ def profile(codec: str = "zip-4/32", terms: tuple[str, ...] = ALL) -> WorkerProf
         parameters=134_515_008,
         heads=9,
         roles={
-            "prefill": RoleProfile(PREFILL_STEP, terms, 128, 8, 64, 16, 1_000, 0.02, 0.06),
-            "decode": RoleProfile(DECODE_STEP, terms, 256, 8, 64, 16, 1_000, 0.02, 0.06),
+            "prefill": RoleProfile(PREFILL_STEP, terms, 128, 8, 64, 16, 1_000, 0.02, 0.06, 0.01, 0.03),
+            "decode": RoleProfile(DECODE_STEP, terms, 256, 8, 64, 16, 1_000, 0.02, 0.06, 0.01, 0.03),
         },
         link=Link(2e9, 3.5),
         overhead_ms=4.0,
@@ -66,11 +67,12 @@ def test_arrangements_have_the_limits_of_their_profiles() -> None:
 def test_what_was_not_measured_is_no_part_of_a_cluster() -> None:
     one, bare = profile(), profile(terms=("rows", "context"))
     assert apart([one], [bare]).decodes
-    for words, arrange in (
+    refused: list[tuple[str, Callable[[], object]]] = [
         ("does not know what tokens, pairs cost a decode worker", lambda: together([bare])),
         ("does not know what tokens, pairs cost a decode worker", lambda: apart([one], [bare], Router(32))),
         ("does not know how fast KV is pulled", lambda: apart([one], [replace(one, link=None)])),
         ("no decode worker reads layout", lambda: apart([one], [profile("raw")])),
-    ):
+    ]
+    for words, arrange in refused:
         with pytest.raises(InvalidRequestError, match=words):
             arrange()

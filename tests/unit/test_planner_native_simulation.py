@@ -43,7 +43,8 @@ def test_nothing_is_held_beyond_what_there_is_nor_after_the_end(cluster: Cluster
     state, complete = play(cluster, load, RATE, NO_GOAL)
     outcome = simulate(cluster, load, RATE)
     assert complete
-    for use, worker in zip([*outcome.prefills, *outcome.decodes], [*cluster.prefills, *cluster.decodes], strict=True):
+    workers: list[PrefillWorker | DecodeWorker] = [*cluster.prefills, *cluster.decodes]
+    for use, worker in zip([*outcome.prefills, *outcome.decodes], workers, strict=True):
         assert use.slots_peak <= worker.slots
         assert use.blocks_peak <= worker.blocks
         assert use.tails_peak <= worker.tails
@@ -249,7 +250,7 @@ def test_clusters_that_serve_nothing() -> None:
         ("row_slopes -1, it must be at least 0", ([], [DecodeWorker(cases.model(row=-1), kv, 8, 64)])),
     ):
         with pytest.raises(InvalidRequestError, match=words):
-            Cluster(*parts)  # type: ignore[arg-type]
+            Cluster(*parts)
 
 
 def test_requests_that_no_router_lets_in_or_sends_anywhere() -> None:

@@ -31,9 +31,10 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.decodes:
             raise InvalidRequestError("a cluster without decode workers serves nothing", field="decodes")
-        for role, workers in (("prefill", self.prefills), ("decode", self.decodes)):
-            for i, worker in enumerate(workers):
-                check_worker(f"{role} worker {i}", worker)
+        roles: dict[str, Sequence[PrefillWorker | DecodeWorker]] = {"prefill": self.prefills, "decode": self.decodes}
+        for role, workers in roles.items():
+            for i, one in enumerate(workers):
+                check_worker(f"{role} worker {i}", one)
         for i, link in enumerate(self.links):
             check_limit(f"link {i}", "bytes_per_s", link.bytes_per_s, above=0.0)
             check_limit(f"link {i}", "fixed_ms", link.fixed_ms, least=0.0)
@@ -71,11 +72,11 @@ class Cluster:
             )
         local = prompts <= self.router.local_tokens_max
         remote = prompts[~local] if self.router.local_tokens_max >= 0 else prompts[:0]
-        for i, worker in enumerate(self.prefills if len(remote) else ()):
-            needed = int(remote.max()) // worker.kv.block_tokens
-            if needed > worker.blocks:
+        for i, prefill in enumerate(self.prefills if len(remote) else ()):
+            needed = int(remote.max()) // prefill.kv.block_tokens
+            if needed > prefill.blocks:
                 tokens = int(remote.max())
-                return f"a prompt of {tokens} tokens needs {needed} KV blocks, prefill worker {i} has {worker.blocks}"
+                return f"a prompt of {tokens} tokens needs {needed} KV blocks, prefill worker {i} has {prefill.blocks}"
         for i, worker in enumerate(self.decodes):
             needed = int(totals.max()) // worker.kv.block_tokens
             if needed > worker.blocks:
@@ -112,8 +113,6 @@ class Cluster:
                     f"{', '.join(map(repr, sorted(read)))}",
                     field="layout",
                 )
-        for worker in (*self.prefills, *self.decodes):
-            if worker.kv != read[worker.kv.layout]:
-                raise InvalidRequestError(
-                    f"layout {worker.kv.layout!r} is both {worker.kv} and {read[worker.kv.layout]}", field="layout"
-                )
+        for kv in [worker.kv for worker in self.prefills] + [worker.kv for worker in self.decodes]:
+            if kv != read[kv.layout]:
+                raise InvalidRequestError(f"layout {kv.layout!r} is both {kv} and {read[kv.layout]}", field="layout")

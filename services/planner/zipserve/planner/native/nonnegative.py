@@ -45,5 +45,5 @@ def solve(A: Floats, b: Floats) -> Floats:
         return np.zeros(0)
     # the same problem in as many equations as there are unknowns
     R = np.linalg.qr(np.column_stack((A / scale, b))).R
-    found: Floats = nnls(R[:, :-1], R[:, -1])[0]
-    return found / scale
+    found: Floats = nnls(R[:, :-1], R[:, -1])[0] / scale
+    return found

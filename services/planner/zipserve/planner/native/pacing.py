@@ -87,7 +87,8 @@ def _token_ms(pace: Floats) -> float:
     share_ms: float = pace[_MS] / pace[_TOKENS]
     if not pace[_SPREAD]:
         return share_ms
-    return min(max(pace[_RISE] / pace[_SPREAD], _TOKEN_SHARE_MIN * share_ms), share_ms)
+    token_ms: float = min(max(pace[_RISE] / pace[_SPREAD], _TOKEN_SHARE_MIN * share_ms), share_ms)
+    return token_ms
 
 
 @compiled

@@ -64,7 +64,8 @@ class Outcome:
     def gaps_ms(self, of: int | None = None) -> Floats:
         """All gaps of the requests that were served, of one class or of all."""
         wanted = self.served if of is None else self.served & (self.traffic.classes == of)
-        return self.all_gaps_ms[np.repeat(wanted, self.traffic.outputs)]
+        found: Floats = self.all_gaps_ms[np.repeat(wanted, self.traffic.outputs)]
+        return found
 
     def gap_quantiles_ms(self, shares: ArrayLike, of: int | None = None) -> Floats:
         """Quantiles of those, exact: of all gaps, none is binned. NaN where there are none."""
