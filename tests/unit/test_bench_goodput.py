@@ -196,6 +196,22 @@ def test_plans(tmp_path: Path) -> None:
             read_plan(path)
 
 
+def test_what_the_planner_prints(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    group = {"replicas": 2, "device": "cpu-1", "tensor": 1, "codec": "raw", "step_tokens": None, "slots": 8}
+    both = {"arrangement": "together", "decode": {**group, "free_ms": 250.0}}
+    path.write_text(json.dumps({"best": both, "candidates": []}))
+    settings: tuple[tuple[str, str], ...] = (("decode.sequences_max", "8"), ("decode.step_free_s", "0.25"))
+    assert read_plan(path) == Arrangement("planned", 0, 2, 1, "raw", settings)
+    prefill = {**group, "replicas": 1, "step_tokens": 64}
+    path.write_text(json.dumps({"best": {"prefill": prefill, "decode": group}}))
+    settings = (("prefill.step_tokens", "64"), ("prefill.sequences_max", "8"), ("decode.sequences_max", "8"))
+    assert read_plan(path) == Arrangement("planned", 1, 2, 1, "raw", settings)
+    path.write_text(json.dumps({"best": {"prefill": {**prefill, "device": "cpu-2"}, "decode": group}}))
+    with pytest.raises(InvalidRequestError, match="only workers of equally many cores each"):
+        read_plan(path)
+
+
 def a_record(ttft_s: float, *gaps_s: float, error: str = "") -> Record:
     at_s, arrivals = ttft_s, [(ttft_s, 1)]
     for gap_s in gaps_s:

@@ -117,7 +117,8 @@ def parse(text: str, cores: int) -> Arrangement:
 
 
 def read_plan(path: Path) -> Arrangement:
-    """From JSON: `name` (optional), `prefill`, `decode`, `threads`, `codec`, and `settings` by SERVICE.FIELD.
+    """From JSON: what `zipserve plan --json` prints, or `name` (optional), `prefill`, `decode`, `threads`, `codec`, and
+    `settings` by SERVICE.FIELD.
 
     Raises:
         InvalidRequestError: it is no such file.
@@ -129,7 +130,27 @@ def read_plan(path: Path) -> Arrangement:
         raise InvalidRequestError(f"{path} is no JSON: {error}", field="plan") from error
     if not isinstance(values, dict):
         raise InvalidRequestError(f"{path} has no object of an arrangement", field="plan")
-    return _of({"name": "planned", **values}, str(path), None)
+    planned = _planned(values["best"], str(path)) if "best" in values else values
+    return _of({"name": "planned", **planned}, str(path), None)
+
+
+def _planned(best: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of what was planned, where all of it computes on cores of one machine."""
+    groups = {role: best[role] for role in ("prefill", "decode") if role in best}
+    cores = {re.fullmatch(r"cpu-(\d+)", str(group["device"])) for group in groups.values()}
+    threads = {found[1] for found in cores if found is not None}
+    if None in cores or len(threads) != 1:
+        raise InvalidRequestError(f"{where}: only workers of equally many cores each can be run here", field="plan")
+    settings = {
+        f"{role}.{setting}": group[name]
+        for role, group in groups.items()
+        for name, setting in (("step_tokens", "step_tokens"), ("slots", "sequences_max"))
+        if group.get(name)
+    }
+    if "prefill" not in groups:
+        settings["decode.step_free_s"] = groups["decode"]["free_ms"] / 1000
+    replicas = {role: groups[role]["replicas"] if role in groups else 0 for role in ("prefill", "decode")}
+    return {**replicas, "threads": int(threads.pop()), "codec": groups["decode"]["codec"], "settings": settings}
 
 
 def _of(values: Mapping[str, Any], where: str, start: Arrangement | None) -> Arrangement:

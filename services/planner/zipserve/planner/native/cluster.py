@@ -31,16 +31,15 @@ class Cluster:
     def __post_init__(self) -> None:
         if not self.decodes:
             raise InvalidRequestError("a cluster without decode workers serves nothing", field="decodes")
-        roles: dict[str, Sequence[PrefillWorker | DecodeWorker]] = {"prefill": self.prefills, "decode": self.decodes}
-        for role, workers in roles.items():
-            for i, one in enumerate(workers):
-                check_worker(f"{role} worker {i}", one)
+        for i, prefill in enumerate(self.prefills):
+            check_worker(f"prefill worker {i}", prefill)
+        for i, decode in enumerate(self.decodes):
+            check_worker(f"decode worker {i}", decode)
+            check_limit(f"decode worker {i}", "slowdown_max", decode.slowdown_max, above=1.0)
+            check_limit(f"decode worker {i}", "free_ms", decode.free_ms, least=0.0)
         for i, link in enumerate(self.links):
             check_limit(f"link {i}", "bytes_per_s", link.bytes_per_s, above=0.0)
             check_limit(f"link {i}", "fixed_ms", link.fixed_ms, least=0.0)
-        for i, worker in enumerate(self.decodes):
-            check_limit(f"decode worker {i}", "slowdown_max", worker.slowdown_max, above=1.0)
-            check_limit(f"decode worker {i}", "free_ms", worker.free_ms, least=0.0)
         check_limit("the router", "requests_max", self.router.requests_max, least=1)
         self._check_wires()
         self._check_layouts()
@@ -60,28 +59,24 @@ class Cluster:
 
     def refusal(self, workload: Workload) -> str:
         """Why some request of a workload can never be served, whatever the rate; empty if all can."""
-        prompts, totals = workload.prompts, workload.prompts + workload.outputs
-        longest, most = int(prompts.max()), int(totals.max()) + 1
-        if most > self.router.tokens_max:
-            return f"a request of {most} tokens, the router admits at most {self.router.tokens_max}"
-        if self.router.local_tokens_max >= 0 and longest > self.router.local_tokens_max and not self.prefills:
-            where = self.router.local_tokens_max
+        prompts, totals, router = workload.prompts, workload.prompts + workload.outputs, self.router
+        most = int(totals.max())
+        if most + 1 > router.tokens_max:
+            return f"a request of {most + 1} tokens, the router admits at most {router.tokens_max}"
+        longest = int(prompts.max())
+        if not router.is_local(longest) and not self.prefills:
             return (
                 f"a prompt of {longest} tokens needs a prefill worker, and there is none: decode workers compute those "
-                f"of at most {where}"
+                f"of at most {router.local_tokens_max}"
             )
-        local = prompts <= self.router.local_tokens_max
-        remote = prompts[~local] if self.router.local_tokens_max >= 0 else prompts[:0]
-        for i, prefill in enumerate(self.prefills if len(remote) else ()):
-            needed = int(remote.max()) // prefill.kv.block_tokens
+        for i, prefill in enumerate(() if router.is_local(longest) else self.prefills):
+            needed = longest // prefill.kv.block_tokens
             if needed > prefill.blocks:
-                tokens = int(remote.max())
-                return f"a prompt of {tokens} tokens needs {needed} KV blocks, prefill worker {i} has {prefill.blocks}"
-        for i, worker in enumerate(self.decodes):
-            needed = int(totals.max()) // worker.kv.block_tokens
-            if needed > worker.blocks:
-                tokens = int(totals.max())
-                return f"a sequence of {tokens} tokens needs {needed} KV blocks, decode worker {i} has {worker.blocks}"
+                return f"a prompt of {longest} tokens needs {needed} KV blocks, prefill worker {i} has {prefill.blocks}"
+        for i, decode in enumerate(self.decodes):
+            needed = most // decode.kv.block_tokens
+            if needed > decode.blocks:
+                return f"a sequence of {most} tokens needs {needed} KV blocks, decode worker {i} has {decode.blocks}"
         return extras(workload).refusal(max(worker.kv.block_tokens for worker in self.decodes))
 
     def _check_wires(self) -> None:
@@ -113,6 +108,6 @@ class Cluster:
                     f"{', '.join(map(repr, sorted(read)))}",
                     field="layout",
                 )
-        for kv in [worker.kv for worker in self.prefills] + [worker.kv for worker in self.decodes]:
+        for kv in [*(worker.kv for worker in self.prefills), *(worker.kv for worker in self.decodes)]:
             if kv != read[kv.layout]:
                 raise InvalidRequestError(f"layout {kv.layout!r} is both {kv} and {read[kv.layout]}", field="layout")

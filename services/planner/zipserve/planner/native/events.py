@@ -13,9 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numba import njit
 
 from zipserve.planner.native import columns as c
-from zipserve.planner.native.compiled import OPTIONS, compiled, njit
+from zipserve.planner.native.compiled import OPTIONS, compiled
 from zipserve.planner.native.decode import admit, begin_decode, end_decode, enter_line, join_pulled
 from zipserve.planner.native.lateness import Goal, note_overdue, note_refused, note_time
 from zipserve.planner.native.links import end_pull

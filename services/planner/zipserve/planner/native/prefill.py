@@ -36,7 +36,7 @@ def end_prefill(state: State, worker: int) -> int:
     """Ends a step. Those whose prompt is complete come first in `state.chunks`; returns how many they are."""
     requests = state.requests
     end_step(state, worker)
-    complete: int = count_shares(state, worker)
+    complete = int(count_shares(state, worker))
     for i in range(complete):
         request = state.chunks[worker, i]
         remove(state.stations, requests, worker, request)

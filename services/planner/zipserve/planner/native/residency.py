@@ -128,8 +128,7 @@ def pulls_tail(machines: Machines, state: State, worker: int, request: int) -> i
     """Whether a tail is pulled for a sequence. Who was parked brings its own along."""
     if state.requests[request, c.PREFILL] == c.NONE or state.requests[request, c.PARKED]:
         return 0
-    tail: int = has_tail(state.requests[request, c.PROMPT], machines.sizes[worker, c.BLOCK_TOKENS])
-    return tail
+    return int(has_tail(state.requests[request, c.PROMPT], machines.sizes[worker, c.BLOCK_TOKENS]))
 
 
 @compiled

@@ -58,14 +58,15 @@ class Outcome:
     def gap_max_ms(self) -> Floats:
         """The largest gap of each request."""
         outputs = self.traffic.outputs
-        largest = np.maximum.reduceat(self.all_gaps_ms, np.cumsum(outputs) - outputs)
-        return np.where(self.served, largest, np.inf)
+        largest: Floats = np.maximum.reduceat(self.all_gaps_ms, np.cumsum(outputs) - outputs)
+        largest[~self.served] = np.inf
+        return largest
 
     def gaps_ms(self, of: int | None = None) -> Floats:
         """All gaps of the requests that were served, of one class or of all."""
         wanted = self.served if of is None else self.served & (self.traffic.classes == of)
-        found: Floats = self.all_gaps_ms[np.repeat(wanted, self.traffic.outputs)]
-        return found
+        gaps: Floats = self.all_gaps_ms[np.repeat(wanted, self.traffic.outputs)]
+        return gaps
 
     def gap_quantiles_ms(self, shares: ArrayLike, of: int | None = None) -> Floats:
         """Quantiles of those, exact: of all gaps, none is binned. NaN where there are none."""

@@ -137,4 +137,5 @@ def _group_object(group: Group) -> dict[str, Any]:
         "codec": profile.codec,
         "step_tokens": group.settings.step_tokens,
         "slots": group.settings.slots,
+        "free_ms": group.settings.free_ms,
     }
