@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from chart import CHART, example, merged, render
+from chart import CHART, example, render
+from chart_queries import expressions, recorded, rules
 from images import REPOSITORY
 from zipserve.common.metrics import SERVICES, Metrics
 
 PROMTOOL = shutil.which("promtool", path=str(Path(sys.executable).parent)) or shutil.which("promtool")
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is missing: Debian's package prometheus has it")
 IN_RELEASE = 'namespace="ml", release="zs"'
-RULES = {"monitoring": {"rules": {"enabled": True}}}
 
 Series = dict[str, str]
 
@@ -134,11 +134,6 @@ HEALTH: Series = {
     'zipserve_kv_slabs{job="decode", pod="a", arena="block", state="idle"}': "10x80",
     'zipserve_parked_requests{job="decode", pod="a"}': "0x80",
 }
-
-
-def rules(values: dict[str, Any]) -> dict[str, Any]:
-    spec: dict[str, Any] = render(merged(values, RULES)).one("PrometheusRule", "zs-zipserve")["spec"]
-    return spec
 
 
 def alerts() -> dict[str, Any]:
@@ -271,21 +266,6 @@ def test_goodput_is_what_is_answered_in_time(tmp_path: Path) -> None:
 def test_every_alert_has_a_runbook() -> None:
     pages = {path.stem for path in (REPOSITORY / "docs/runbooks").glob("Zipserve*.md")}
     assert pages == set(alerts())
-
-
-def recorded(name: str) -> list[dict[str, Any]]:
-    return [rule for group in rules(example(name))["groups"] for rule in group["rules"]]
-
-
-def expressions() -> list[str]:
-    """All PromQL of rules, dashboards and autoscalers."""
-    found = [rule["expr"] for name in ("keda", "groups") for rule in recorded(name)]
-    for path in (CHART / "dashboards").glob("*.json"):
-        dashboard = json.loads(path.read_text())
-        found += [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-        found += [each["query"]["query"] for each in dashboard["templating"]["list"] if each["type"] == "query"]
-    scaled = render(example("keda")).of("ScaledObject").values()
-    return found + [trigger["metadata"]["query"] for each in scaled for trigger in each["spec"]["triggers"]]
 
 
 def test_every_metric_is_one_that_a_service_tells() -> None:

@@ -3,15 +3,18 @@
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 
 from chart import Manifest, Rendered, render
-from chart_secrets import bundled_redis, secret
+from chart_queries import expressions
+from chart_secrets import bundled_redis, free_port, secret
 from polling import until
 
 SERVICES = ("prefill", "decode", "kvstore", "router")
@@ -47,12 +50,12 @@ class Node:
         return {mounts[volume]: str(self._folder / name) for volume, name in secrets.items()}
 
     @asynccontextmanager
-    async def running(self, service: str) -> AsyncIterator[str]:
+    async def running(self, service: str, metrics_port: int) -> AsyncIterator[str]:
         """Starts a service, waits until it is ready, and gives its address; it has to drain at the end."""
         (workload,) = self._made.workloads(service)
         pod = workload["spec"]["template"]["spec"]
         told = {name: self.here(text, pod) for name, text in self._made.environment(workload).items()}
-        told[f"ZIPSERVE_{service.upper()}_METRICS_PORT"] = "0"
+        told[f"ZIPSERVE_{service.upper()}_METRICS_PORT"] = str(metrics_port)
         log = self._folder / f"{service}.log"
         with log.open("wb") as sink:
             process = await asyncio.create_subprocess_exec(
@@ -99,9 +102,19 @@ async def test_what_the_chart_renders_answers(tmp_path: Path, tiny_model: Path) 
             "/var/lib/zipserve": str(tmp_path / "disk"),
         }
         node = Node(made, tmp_path, places)
-        address = ""
-        for service in SERVICES:
-            address = await stack.enter_async_context(node.running(service))
+        address, metrics_ports = "", {service: free_port() for service in SERVICES}
+        for service, port in metrics_ports.items():
+            address = await stack.enter_async_context(node.running(service, port))
         status, told = await node.test(address)
         assert status == 0, told
         assert "KV over NIXL" in told
+        families = await asyncio.gather(*(asyncio.to_thread(scraped, port) for port in metrics_ports.values()))
+    asked = {name for query in expressions() for name in re.findall(r"\bzipserve_\w+", query)}
+    assert len(asked) > 20
+    assert {re.sub("_(bucket|sum|count)$", "", name) for name in asked} <= set.union(*families)
+
+
+def scraped(port: int) -> set[str]:
+    """Names of the metrics that a service tells; of a counter as it is asked for."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10.0) as answer:
+        return set(re.findall(r"^# TYPE (zipserve_\w+) ", answer.read().decode(), re.MULTILINE))

@@ -25,9 +25,7 @@ async def bundled_redis(made: Rendered, folder: Path) -> AsyncIterator[str]:
     users.write_text(secret(made, "redis")["users.acl"])
     (container,) = made.one("Deployment", "redis")["spec"]["template"]["spec"]["containers"]
     arguments = [str(users) if each.endswith("users.acl") else each for each in container["args"]]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [str(get_binary_path()), "--port", str(port), "--bind", "127.0.0.1", *arguments]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=folder)  # noqa: ASYNC220  # it returns at once
     try:
@@ -36,6 +34,13 @@ async def bundled_redis(made: Rendered, folder: Path) -> AsyncIterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _listens(port: int) -> bool:
