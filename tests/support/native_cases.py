@@ -125,7 +125,8 @@ def clusters(draw: st.DrawFn) -> Cluster:
         for _ in range(draw(st.integers(1, 2)))
     ]
     wires = [[draw(st.integers(0, len(links) - 1)) for _ in decodes] for _ in prefills]
-    router = Router(local, draw(st.sampled_from([3, 256])), draw(st.sampled_from([60, 1 << 19])))
+    admits = draw(st.sampled_from([(256, 1 << 19)] * 4 + [(3, 1 << 19), (256, 60)]))
+    router = Router(local, *admits)
     return Cluster(prefills, decodes, links, wires, router)
 
 

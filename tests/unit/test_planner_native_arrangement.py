@@ -9,6 +9,7 @@ import pytest
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.kv.layout import Layout
 from zipserve.planner.native.arrangement import apart, together
+from zipserve.planner.native.cluster import Cluster
 from zipserve.planner.native.profile import Hardware, Link, RoleProfile, WorkerProfile
 from zipserve.planner.native.simulation import simulate
 from zipserve.planner.native.step_model import StepModel, step_ms
@@ -18,6 +19,7 @@ from zipserve.planner.workload import workload
 PREFILL_STEP = StepModel(3.0, np.array([0.0, 100.0]), np.array([0.3, 0.2]), 1e-4, np.zeros(1), np.zeros(1), 0.0)
 DECODE_STEP = StepModel(7.0, np.zeros(1), np.array([0.3]), 1e-4, np.array([0.0, 4.0]), np.array([1.0, 0.5]), 1e-3)
 ALL = ("tokens", "pairs", "rows", "context")
+ERRORS = (0.02, 0.06, 0.01, 0.04)
 
 
 def profile(codec: str = "zip-4/32", terms: tuple[str, ...] = ALL) -> WorkerProfile:
@@ -27,8 +29,8 @@ def profile(codec: str = "zip-4/32", terms: tuple[str, ...] = ALL) -> WorkerProf
         parameters=134_515_008,
         heads=9,
         roles={
-            "prefill": RoleProfile(PREFILL_STEP, terms, 128, 8, 64, 16, 1_000, 0.02, 0.06, 0.01, 0.03),
-            "decode": RoleProfile(DECODE_STEP, terms, 256, 8, 64, 16, 1_000, 0.02, 0.06, 0.01, 0.03),
+            "prefill": RoleProfile(PREFILL_STEP, terms, 128, 8, 64, 16, 1_000, *ERRORS),
+            "decode": RoleProfile(DECODE_STEP, terms, 256, 8, 64, 16, 1_000, *ERRORS),
         },
         link=Link(2e9, 3.5),
         overhead_ms=4.0,
@@ -67,7 +69,7 @@ def test_arrangements_have_the_limits_of_their_profiles() -> None:
 def test_what_was_not_measured_is_no_part_of_a_cluster() -> None:
     one, bare = profile(), profile(terms=("rows", "context"))
     assert apart([one], [bare]).decodes
-    refused: list[tuple[str, Callable[[], object]]] = [
+    refused: list[tuple[str, Callable[[], Cluster]]] = [
         ("does not know what tokens, pairs cost a decode worker", lambda: together([bare])),
         ("does not know what tokens, pairs cost a decode worker", lambda: apart([one], [bare], Router(32))),
         ("does not know how fast KV is pulled", lambda: apart([one], [replace(one, link=None)])),
