@@ -78,13 +78,19 @@ class Metrics:
         self._add_transfers()
         self._add_prefixes()
 
-    def serve(self, host: str, port: int | None, is_ready: Callable[[], bool] = lambda: True) -> int | None:
+    def serve(
+        self,
+        host: str,
+        port: int | None,
+        is_ready: Callable[[], bool] = lambda: True,
+        lives: Callable[[], bool] = lambda: True,
+    ) -> int | None:
         """Serves /metrics, /live and /health from a thread of the library's own, unless `port` is None, and returns its
         port: a free one where 0 was asked for."""
         if port is None:
             return None
         server, _ = start_http_server(port, addr=host.strip("[]"), registry=self.registry)
-        server.set_app(_with_health(make_wsgi_app(self.registry), is_ready))
+        server.set_app(_with_health(make_wsgi_app(self.registry), is_ready, lives))
         return int(server.server_port)
 
     def _add_requests(self) -> None:
@@ -226,15 +232,16 @@ class Metrics:
         return self.registry
 
 
-def _with_health(metrics: WSGIApplication, is_ready: Callable[[], bool]) -> WSGIApplication:
-    """Beside metrics the pages for a kubelet, which has neither token nor certificate: /live is 200 for as long
-    as the process can answer at all, /health is 503 while it takes no new work."""
+def _with_health(metrics: WSGIApplication, is_ready: Callable[[], bool], lives: Callable[[], bool]) -> WSGIApplication:
+    """Beside metrics the pages for a kubelet, which has neither token nor certificate: /live is 503 when the service
+    answers no more, /health also while it takes no new work."""
+    checks: dict[str, Callable[[], bool]] = {"/live": lives, "/health": lambda: is_ready() and lives()}
 
     def page(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        path = environ["PATH_INFO"]
-        if path not in {"/live", "/health"}:
+        check = checks.get(environ["PATH_INFO"])
+        if check is None:
             return metrics(environ, start_response)
-        well = path == "/live" or is_ready()
+        well = check()
         start_response("200 OK" if well else "503 Service Unavailable", [("Content-Type", "text/plain")])
         return [b"ok\n" if well else b"takes no new work\n"]
 

@@ -3,8 +3,11 @@
 import asyncio
 import gc
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -24,6 +27,8 @@ from zipserve.common.steps import Step
 from zipserve.v1 import worker_service_pb2, worker_service_pb2_grpc
 
 _log = log.get()
+_ANSWER_S = 4.0
+"""Within which an event loop has to answer a kubelet, who asks again."""
 _STEPS_MAX = 4096
 """In one answer; about 100 kB."""
 
@@ -173,7 +178,8 @@ async def _serve_started(
         reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     facts = service.capabilities()
     ready = asyncio.Event()
-    metrics_port = service.metrics.serve(settings.host, settings.metrics_port, ready.is_set)
+    lives = partial(_answers, asyncio.get_running_loop())
+    metrics_port = service.metrics.serve(settings.host, settings.metrics_port, ready.is_set, lives)
     if facts is not None and metrics_port is not None:
         facts.metrics_address = settings.advertised(metrics_port)
     await server.start()
@@ -197,6 +203,14 @@ async def _serve_started(
             drained = False
         _log.info("service.drained", complete=drained, seconds=round(time.monotonic() - started_s, 3))
     await server.stop(grace=1.0)
+
+
+def _answers(loop: asyncio.AbstractEventLoop) -> bool:
+    """Whether the event loop does anything; asked from another thread."""
+    answered = threading.Event()
+    with suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(answered.set)
+    return answered.wait(_ANSWER_S)
 
 
 async def _until_shutdown(shutdown: asyncio.Event, loops: Sequence["asyncio.Task[None]"]) -> None:
