@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from zipserve.cli import parser, plan
 from zipserve.cli.console import obituary, progress, summary
+from zipserve.cli.lifecycle import Setup
 from zipserve.cli.logtail import readable, tail
 from zipserve.cli.restart import RestartPolicy, Restarts, describe_exit
 from zipserve.cli.supervisor import Child, Death
-from zipserve.cli.up import dial_address
+from zipserve.cli.up import _tell_where, dial_address
 
 SECRET = "s" * 32
 REDIS_URL = "redis://:password@127.0.0.1:7/0"
@@ -223,3 +224,16 @@ def test_wildcard_addresses_are_dialled_on_loopback() -> None:
     assert dial_address("0.0.0.0:5") == "127.0.0.1:5"
     assert dial_address("[::]:5") == "[::1]:5"
     assert dial_address("10.0.0.1:5") == "10.0.0.1:5"
+
+
+def test_the_secret_of_a_stack_is_for_its_owner(tmp_path: Path) -> None:
+    """Also where a file of an earlier run lies, or a link."""
+    secret, other = tmp_path / "stack.json", tmp_path / "other"
+    other.write_text("")
+    for before in (lambda: secret.write_text("{}"), lambda: secret.symlink_to(other)):
+        before()
+        _tell_where(Setup(_stack(), None, tmp_path, 60.0, "127.0.0.1:1", "", None))
+        assert secret.stat().st_mode & 0o077 == 0
+        assert json.loads(secret.read_text())["secret"] == SECRET
+        secret.unlink()
+    assert other.read_text() == ""

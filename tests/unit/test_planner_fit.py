@@ -142,6 +142,14 @@ def test_a_former_model_fills_in_what_is_left_open() -> None:
     assert step_ms(found.model, 200, 20_100, 4, 4000) == pytest.approx(step_ms(now, 200, 20_100, 4, 4000), rel=0.05)
 
 
+def test_a_former_model_that_does_not_know_it_either_fills_nothing_in() -> None:
+    draw = np.random.default_rng(6)
+    rows = monotonous(draw, 500)
+    decoding = model()._replace(token_slopes=np.zeros(len(model().token_slopes)), pair_ms=0.0)
+    with pytest.raises(InvalidRequestError, match="do not tell what these cost: tokens"):
+        fit(steps_of(model(), rows, draw.normal(1, 0.02, 500)), base=decoding)
+
+
 def test_context_that_only_grows_with_the_rows_is_left_open() -> None:
     draw = np.random.default_rng(4)
     rows = facts(draw, 400, ("rows",))

@@ -108,8 +108,15 @@ def test_a_replay_goes_round() -> None:
     second = drawn(load, seed=1, seeds=2, arrivals="replay")
     assert second.prompts.tolist() == [3, 4, 1, 2]
     assert second.classes.tolist() == [0, 1, 0, 1]
-    assert second.unit_gaps.tolist() == [0.0, 3.0, 0.0, 1.0]
+    assert second.unit_gaps.tolist() == [0.0, 3.0, 2.0, 1.0]
     assert drawn(load, seed=0, seeds=2, arrivals="replay").prompts.tolist() == [1, 2, 3, 4]
+
+
+def test_a_replay_is_as_fast_wherever_it_begins() -> None:
+    gaps = [0.0] + [0.1] * 49 + [50.0] + [0.1] * 49
+    load = traffic(workload([8] * 100, [8] * 100, gaps))
+    means = [float(drawn(load, seed, 5, "replay").unit_gaps[1:].mean()) for seed in range(5)]
+    assert means == pytest.approx([np.mean(gaps[1:])] * 5)
 
 
 def test_the_interval_is_of_the_mean() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from worker_profiles import profile_of
@@ -90,34 +90,54 @@ def test_settings_beyond_what_was_measured() -> None:
 
 
 numbers = st.floats(0.1, 20.0)
+objectives = st.builds(
+    Objective,
+    ttft_ms=st.sampled_from([200.0, 1_000.0, math.inf]),
+    tpot_ms=st.sampled_from([30.0, 200.0]),
+    e2e_ms=st.sampled_from([2_000.0, math.inf]),
+    share=st.sampled_from([0.5, 0.9, 1.0]),
+)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     profile=st.builds(
         profile_of,
         constant_ms=numbers,
         token_ms=st.floats(0.01, 2.0),
         row_ms=numbers,
-        step_tokens=st.sampled_from([32, 256]),
+        step_tokens=st.sampled_from([1, 3, 32, 256]),
         slots=st.integers(1, 16),
     ),
     shape=st.tuples(st.integers(0, 2), st.integers(1, 2)),
-    ttft_ms=st.sampled_from([200.0, 1_000.0, math.inf]),
-    tpot_ms=st.sampled_from([30.0, 200.0]),
-    share=st.sampled_from([0.5, 0.9, 1.0]),
+    slo=st.lists(objectives, min_size=1, max_size=2).map(lambda some: Slo(*some)),
     seed=st.integers(0, 3),
+    cached=st.sampled_from([0.0, 0.5]),
+    arrivals=st.sampled_from(["poisson", "gamma", "replay"]),
 )
 def test_nothing_passes_above_its_ceiling(
-    profile: WorkerProfile, shape: tuple[int, int], ttft_ms: float, tpot_ms: float, share: float, seed: int
+    profile: WorkerProfile, shape: tuple[int, int], slo: Slo, seed: int, cached: float, arrivals: str
 ) -> None:
     prefill = Group(profile, shape[0]) if shape[0] else None
     candidate = Candidate(prefill, Group(profile, shape[1]))
-    slo = Slo(Objective(ttft_ms=ttft_ms, tpot_ms=tpot_ms, share=share))
-    load = drawn(load_of(40, 100, 10), seed, 1, "poisson")
+    load = load_of(40, 100, 10)
+    load = drawn(traffic(load, np.floor(cached * load.prompts)), seed, 4, arrivals)
     most = ceiling(candidate, load, slo)
-    if most < math.inf:
-        assert not any(passes(candidate.cluster, load, most * factor, slo) for factor in (1.0001, 1.1, 1.5, 3.0, 20.0))
+    assume(most < math.inf)
+    assert not any(passes(candidate.cluster, load, most * factor, slo) for factor in (1.0001, 1.1, 1.5, 3.0, 20.0))
+
+
+def test_one_request_has_no_ceiling() -> None:
+    one = load_of(60).first(1)
+    assert ceiling(Candidate(None, Group(profile_of(), 1)), one, SLO) == math.inf
+    assert search(question(profile_of(), devices=1, traffic=one)).best() is not None
+
+
+def test_prices_do_not_bound_the_rate() -> None:
+    asked = question(profile_of(), devices=1, rate_max=1e-3)
+    cheap = replace(asked, fleet=Fleet({"gpu": 1}, {"gpu": 0.01}))
+    rates = [best.rate for best in (search(asked).best(), search(cheap).best()) if best is not None]
+    assert rates[0] == rates[1] > 1
 
 
 @pytest.mark.parametrize("rate", [None, 1.0, 4.0, 50.0])
@@ -188,22 +208,20 @@ def test_values_for_the_chart() -> None:
     assert (alone["prefill"]["replicas"], alone["router"]["settings"]["local_prefill_tokens_max"]) == (0, -1)
 
 
-def log_line(at: str, **changes: Any) -> str:
+def log_line(at: str, **changes: Any) -> bytes:
     told = {
         "event": "request.finished", "timestamp": at, "seconds": 2.0, "outcome": "OK", "prompt_tokens": 100,
         "completion_tokens": 20, "choices": 1, "cached_tokens": 0,
     }  # fmt: skip
-    return json.dumps(told | changes) + "\n"
+    return json.dumps(told | changes).encode() + b"\n"
 
 
 def test_a_routers_log(tmp_path: Path) -> None:
     path = tmp_path / "router.log"
-    path.write_text(
-        "not JSON\n"
+    path.write_bytes(
+        b"not JSON, nor UTF-8: \xff\n"
         + log_line("2026-11-01T12:00:04Z", seconds=1.0, cached_tokens=64)
         + log_line("2026-11-01T12:00:02Z", choices=2, completion_tokens=42)
-        + log_line("2026-11-01T12:00:02Z", outcome="CANCELLED")
-        + log_line("2026-11-01T12:00:02Z", completion_tokens=1)
         + log_line("2026-11-01T12:00:09Z", prompt_tokens=7)
     )
     found, rate = read_log(path).traffic, read_log(path).rate
@@ -212,10 +230,25 @@ def test_a_routers_log(tmp_path: Path) -> None:
     assert found.outputs.tolist() == [20, 19, 19]
     assert found.cached.tolist() == [0, 64, 0]
     assert found.unit_gaps.tolist() == pytest.approx([0.0, 3 / 3.5, 4 / 3.5])
-    assert len(read_log(path, 2).traffic) == 2
-    path.write_text(log_line("2026-11-01T12:00:04Z"))
-    with pytest.raises(InvalidRequestError, match="tells of 1 answered requests, 2 are needed"):
-        read_log(path)
+    assert read_log(path, 2).traffic.prompts.tolist() == [100, 7]
+    for broken, requests, message in (
+        (b"", None, "tells of 0 requests, 0 of them answered"),
+        (log_line("2026-11-01T12:00:04Z", outcome="OVERLOADED") * 2, None, "tells of 2 requests, 0 of them answered"),
+        (log_line("2026-11-01T12:00:04Z") * 2, None, "all its requests came at once"),
+        (log_line("2026-11-01T12:00:04Z") * 2, 1, "1 requests of a log are too few"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(InvalidRequestError, match=message):
+            read_log(path, requests)
+
+
+def test_what_was_refused_came_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "router.log"
+    outcomes = ["OK", "OVERLOADED", "OK", "CANCELLED", "OK"]
+    path.write_bytes(b"".join(log_line(f"2026-11-01T12:00:0{i}Z", outcome=each) for i, each in enumerate(outcomes)))
+    found = read_log(path)
+    assert found.rate == pytest.approx(1.0)
+    assert found.traffic.prompts.tolist() == [100] * 5
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,6 +284,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--seeds", "0"], r"--seeds 0 is not in \[1, 100\]"),
         (["--report", "plan.txt"], "must end with .png or .html"),
         (["--slots", "99"], "slots of 99: workers were measured with at most 16"),
+        (["--slo-gap", "nan"], "the limit on GAP is nan ms"),
+        (["--model", "another"], "the profiles are of a-model, not of another"),
+        (["--search", "pairs"], "--search is for published profiles"),
+        (["--values", "/nowhere/values.yaml"], "--values /nowhere/values.yaml cannot be written"),
     ],
 )
 def test_bad_options(changes: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,19 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipserve.common.errors import InvalidRequestError
+from zipserve.common.errors import InvalidRequestError, UnavailableError
 from zipserve.common.kv.layout import Layout
 from zipserve.common.kv.refs import message_of
 from zipserve.common.registry import WorkerRecord
+from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.steps import Step, pairs_of
 from zipserve.planner.native.profile import Link
 from zipserve.planner.native.step_model import step_ms
+from zipserve.planner.profiling import cluster as cluster_module
 from zipserve.planner.profiling import grid
 from zipserve.planner.profiling.assembly import file_name, hardware_of, kinds, profile_of
 from zipserve.planner.profiling.calls import line
-from zipserve.planner.profiling.cluster import Watched
+from zipserve.planner.profiling.cluster import Cluster, Watched
+from zipserve.planner.profiling.drive import drive
 from zipserve.planner.profiling.grid import Limits
-from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
+from zipserve.v1.worker_service_pb2 import Capabilities, ListStepsResponse, Load, WorkerRole, WorkerStep
 
 LAYOUT = Layout("m/tiny", "0", layers=2, kv_heads=2, key_dim=16, value_dim=16, dtype="float32")
 ROLES = {"prefill": WorkerRole.WORKER_ROLE_PREFILL, "decode": WorkerRole.WORKER_ROLE_DECODE}
@@ -125,3 +128,32 @@ def test_a_line_through_pulls(rate: float, fixed_ms: float, sizes: list[int]) ->
     for size in (10**4, 10**6, 10**8):
         expected = fixed_ms + 1e3 * size / rate
         assert link.fixed_ms + 1e3 * size / link.bytes_per_s == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("role", ROLES)
+async def test_a_worker_without_room_is_named(role: str) -> None:
+    """Nothing to compute must not mean to look for it for ever."""
+    async with ChannelPool(1 << 20) as channels:
+        cluster = Cluster(
+            [watched(role, [], sequences_max=0, context_tokens=64, vocab_tokens=9, block_tokens=16)], "", channels
+        )
+        with pytest.raises(InvalidRequestError, match=f"{role}-0 has no room for any prompt: .*slots=0"):
+            await drive(cluster, 5.0, 600)
+
+
+@pytest.mark.parametrize(("counted", "lost"), [(0, 0), (7, 0), (3, 1)])
+async def test_steps_that_are_counted_wrongly_are_refused(
+    counted: int, lost: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = ListStepsResponse(steps=[WorkerStep(prompt_tokens=1)] * 3, next=counted, lost=lost)
+
+    class Stub:
+        def __init__(self, channel: object) -> None: ...
+
+        async def ListSteps(self, request: object, **_: object) -> ListStepsResponse:
+            return answer
+
+    monkeypatch.setattr(cluster_module, "WorkerServiceStub", Stub)
+    async with ChannelPool(1 << 20) as channels:
+        with pytest.raises(UnavailableError, match=f"counts its steps from 0 to {counted}, wrongly"):
+            await cluster_module._read(channels, watched("decode", [], address="127.0.0.1:1"))

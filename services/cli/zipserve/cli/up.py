@@ -6,6 +6,7 @@ Here: what has to be settled before the first of them starts.
 import argparse
 import asyncio
 import json
+import os
 import secrets
 import shutil
 import signal
@@ -122,12 +123,13 @@ def _http_address(wish: str | None, *, once: bool) -> str:
 
 
 def _tell_where(setup: Setup) -> None:
-    """For `zipserve top` and `zipserve profile`, and for nobody else: Redis' URL has a password."""
+    """For `zipserve top` and `zipserve profile`, and for nobody else: the cluster's secret is in it."""
     stack = setup.stack
     found = {"redis_url": stack.redis_url, "cluster": stack.cluster, "secret": stack.secret}
     path = setup.log_dir / STACK_FILE
-    path.touch(mode=0o600)
-    path.write_text(json.dumps(found))
+    path.unlink(missing_ok=True)  # one of an earlier run may be readable to others, or a link
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        json.dump(found, file)
 
 
 def _listen_address(listen: str) -> str:

@@ -14,7 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return command.run(options)
     except ZipserveError as error:
         sys.stderr.write(f"zipserve plan: {error.message}\n")
-        return 2
+    except OSError as error:
+        sys.stderr.write(f"zipserve plan: {error}\n")
+    return 2
 
 
 if __name__ == "__main__":

@@ -56,10 +56,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rate", type=float, metavar="R", help="requests per second to serve (default: what is best)")
     parser.add_argument(
         "--rate-max", type=float, default=32.0, metavar="R",
-        help="highest rate per device that is tried, in steps of a 256th (default: 32)",
+        help="highest rate per device that is tried, of our own workers where no bound is known (default: 32)",
     )  # fmt: skip
     parser.add_argument(
-        "--search", choices=SEARCHES, default="pairs",
+        "--search", choices=SEARCHES,
         help="; ".join(f"{name}: {what}" for name, what in SEARCHES.items()).replace("%", "%%") + " (default: pairs)",
     )  # fmt: skip
     parser.add_argument("--exhaustive", action="store_true", help="simulate also what cannot win")
@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         devices=parse_devices(options.devices[0], profile),
         workload=_workload(options),
         slo=Slo(options.slo_ttft, options.slo_tpot, options.attainment, not options.separate),
-        search=options.search,
+        search=options.search or "pairs",
         rate_max=options.rate_max,
         rate=options.rate,
         prune=not options.exhaustive,
@@ -137,6 +137,10 @@ def _refuse_own(options: argparse.Namespace) -> None:
         "--price": options.price,
         "--values": options.values,
         "--report": options.report,
+        "--watch": options.watch,
+        "--step-tokens": options.step_tokens != [None],
+        "--slots": options.slots != [None],
+        "--step-free": options.step_free != [100],
     }.items():
         if told:
             what = "several of " if name in ("--profile", "--devices") else ""

@@ -62,7 +62,10 @@ def _read_plain(kind: type, value: object, place: str) -> Any:
     right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
     if not right or (isinstance(value, float) and not math.isfinite(value)):
         raise InvalidRequestError(f"{place}: {value!r} is not {_NAMES[kind]}", field="profile")
-    return float(value) if kind is float else value  # type: ignore[arg-type]
+    try:
+        return float(value) if kind is float else value  # type: ignore[arg-type]
+    except OverflowError:
+        raise InvalidRequestError(f"{place}: a number of too many digits", field="profile") from None
 
 
 def _as(kind: type, value: object, place: str) -> Any:

@@ -94,8 +94,8 @@ def fit(steps: Sequence[Step], base: StepModel | None = None) -> Fit:
         raise InvalidRequestError(f"{len(table)} steps are no measure, it takes at least {STEPS_MIN}", field="steps")
     present = [term for term in TERMS if table.column(term).any()]
     left_open = open_terms(table)
-    if left_open and base is None:
-        raise InvalidRequestError(_told(table, left_open), field="steps")
+    if unknown := [term for term in left_open if base is None or not _has(base, term)]:
+        raise InvalidRequestError(_told(table, unknown), field="steps")
     wanted = [term for term in present if term not in left_open]
     model = _fitted(table, wanted, base)
     ratios = _unseen_ratios(table, wanted, base)

@@ -104,8 +104,13 @@ def drawn(workload: Workload, seed: int, seeds: int, arrivals: str) -> Traffic:
     if arrivals != "replay":
         return replace(load, unit_gaps=draw_gaps(arrivals, len(load), np.random.default_rng(seed)))
     order = np.roll(np.arange(len(load)), -(seed % seeds * len(load) // seeds))
-    gaps = load.unit_gaps[order]
+    mean = float(load.unit_gaps[1:].mean()) if len(load) > 1 else 0.0
+    whole = load.unit_gaps.copy()
+    whole[0] = mean  # from the last request round to the first
+    gaps = whole[order]
     gaps[0] = 0.0
+    if (sum_now := float(gaps.sum())) > 0:
+        gaps *= mean * (len(load) - 1) / sum_now  # as fast as the whole, wherever it begins
     columns = {name: getattr(load, name)[order] for name in ("prompts", "outputs", "cached", "found", "classes")}
     return replace(load, unit_gaps=gaps, **columns)
 

@@ -96,6 +96,14 @@ class WorkerProfile:
     """ISO 8601, UTC."""
 
     def __post_init__(self) -> None:
+        whole = {"pipeline": self.hardware.pipeline, "parameters": self.parameters, "heads": self.heads}
+        for name, value in whole.items():
+            if value < 1:
+                raise InvalidRequestError(f"{name}: {value}, must be at least 1", field="profile")
+        if self.hardware.threads < 0 or (self.overhead_ms or 0.0) < 0:
+            raise InvalidRequestError(
+                f"threads {self.hardware.threads} and overhead_ms {self.overhead_ms} cannot be below 0", field="profile"
+            )
         for name, role in self.roles.items():
             if name not in ROLES:
                 raise InvalidRequestError(f"roles: {name!r} is none of {', '.join(ROLES)}", field="profile")

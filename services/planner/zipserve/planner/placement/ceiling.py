@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zipserve.planner.native.objectives import Objective, Slo
+from zipserve.planner.native.pacing import CHUNK_TOKENS_MIN
 from zipserve.planner.native.step_model import Floats
 from zipserve.planner.native.traffic import Traffic
 from zipserve.planner.native.workers import DecodeWorker, PrefillWorker
@@ -60,12 +61,13 @@ def _decodes(traffic: Traffic) -> _Load:
 
 def _least_ms(worker: PrefillWorker | DecodeWorker, load: _Load, misses: int) -> float:
     """Of all requests but those that may be missed: every token and row at its cheapest, in as few steps as can be."""
-    step = worker.step
-    slots = worker.slots
-    own_ms = load.tokens * _cheapest(step.token_knots, step.token_slopes, worker.step_tokens)
+    step, slots = worker.step, worker.slots
+    # beside sequences that decode, a prompt has at least so much, whatever the setting says
+    step_tokens = max(worker.step_tokens, CHUNK_TOKENS_MIN)
+    own_ms = load.tokens * _cheapest(step.token_knots, step.token_slopes, step_tokens)
     own_ms += load.pairs * step.pair_ms + load.contexts * step.context_ms
     own_ms += load.rows * _cheapest(step.row_knots, step.row_slopes, slots)
-    steps = max(_least(load.tokens, misses) / worker.step_tokens, _least(load.rows, misses) / slots)
+    steps = max(_least(load.tokens, misses) / step_tokens, _least(load.rows, misses) / slots)
     return (_least(own_ms, misses) + steps * step.constant_ms) * _SLACK
 
 
@@ -84,5 +86,5 @@ def _cheapest(knots: Floats, slopes: Floats, most: int) -> float:
 
 def _rate(busy_ms: float, late_ms: float, traffic: Traffic) -> float:
     """Work that has to be over when the last request is late."""
-    left_ms = busy_ms - late_ms
-    return 1000.0 * float(traffic.unit_gaps[1:].sum()) / left_ms if left_ms > 0 else math.inf
+    left_ms, gaps = busy_ms - late_ms, float(traffic.unit_gaps[1:].sum())
+    return 1000.0 * gaps / left_ms if left_ms > 0 and gaps > 0 else math.inf

@@ -4,12 +4,14 @@ import argparse
 import itertools
 import json
 import math
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native.objectives import GapObjective, Objective, Slo
@@ -26,6 +28,10 @@ from zipserve.planner.placement.watch import News, Watch
 from zipserve.planner.workload import Workload
 
 _SEEDS_MAX = 100
+_WATCHED = 2_000
+"""Latest requests of a log that are compared, if nothing else is said."""
+
+V = TypeVar("V")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -63,13 +69,14 @@ def run(options: argparse.Namespace, profiles: Sequence[WorkerProfile], workload
     """
     logged = None
     if workload is None:
+        if options.watch is not None and options.requests is None:
+            options.requests = _WATCHED
         logged = read_log(options.log, options.requests)
         workload = logged.traffic
     question = _question(options, profiles, extras(workload))
     if options.watch is not None:
         question = _watched(options, question, logged)
-    if options.report:
-        plot.check_path(options.report)
+    _check_files(options)
     ranking = search(question)
     curves = _curves(ranking, question) if options.report or options.json else []
     words = report.as_text(ranking, question)
@@ -110,16 +117,32 @@ def _watch(options: argparse.Namespace, watch: Watch) -> None:
                 print(f"shifted: {'; '.join(news.shifts)}\n{news.replan}".rstrip(), flush=True)
 
 
+def _check_files(options: argparse.Namespace) -> None:
+    """Before a long search, and not after it."""
+    if options.report:
+        plot.check_path(options.report)
+    for name in ("values", "report"):
+        path: Path | None = getattr(options, name)
+        if path is not None and not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InvalidRequestError(f"--{name} {path} cannot be written", field=name)
+
+
 def _question(options: argparse.Namespace, profiles: Sequence[WorkerProfile], traffic: Traffic) -> Question:
     models = sorted({profile.model for profile in profiles})
     if len(models) > 1:
         raise InvalidRequestError(f"the profiles are of several models: {', '.join(models)}", field="profile")
     if not 1 <= options.seeds <= _SEEDS_MAX:
         raise InvalidRequestError(f"--seeds {options.seeds} is not in [1, {_SEEDS_MAX}]", field="seeds")
+    if options.model not in (None, *models):
+        raise InvalidRequestError(f"the profiles are of {models[0]}, not of {options.model}", field="model")
+    if options.search is not None:
+        raise InvalidRequestError(
+            "--search is for published profiles; here all arrangements are looked at", field="search"
+        )
     settings = tuple(Settings(*each) for each in itertools.product(options.step_tokens, options.slots))
     return Question(
         profiles=profiles,
-        fleet=Fleet(dict(map(_device, options.devices)), dict(map(_price, options.price))),
+        fleet=Fleet(_once("devices", map(_device, options.devices)), _once("price", map(_price, options.price))),
         traffic=traffic,
         slo=_slo(options),
         rate_max=options.rate_max,
@@ -140,7 +163,7 @@ def _slo(options: argparse.Namespace) -> Slo:
         "gap_ms": options.slo_gap,
         "e2e_ms": options.slo_e2e,
     }
-    told = {name: limit for name, limit in limits.items() if limit is not None and limit < math.inf}
+    told = {name: limit for name, limit in limits.items() if limit not in (None, math.inf)}
     share = options.attainment
     together: list[Objective | GapObjective] = [Objective(**told, share=share)] if told else []
     if options.separate:
@@ -153,6 +176,15 @@ def _curves(ranking: Ranking, question: Question) -> list[Curve]:
     best = [found for found in (ranking.best(TOGETHER), ranking.best(APART)) if found is not None]
     rates = rates_about([found.rate for found in best])
     return [curve(found.candidate, question, rates) for found in best]
+
+
+def _once(name: str, pairs: Iterable[tuple[str, V]]) -> dict[str, V]:
+    found: dict[str, V] = {}
+    for key, value in pairs:
+        if key in found:
+            raise InvalidRequestError(f"{name} of {key} are told twice", field=name)
+        found[key] = value
+    return found
 
 
 def _device(text: str) -> tuple[str, int]:

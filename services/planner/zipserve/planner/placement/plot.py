@@ -15,7 +15,7 @@ _SUFFIXES = (".png", ".html")
 
 
 def check_path(path: Path) -> None:
-    """Raises InvalidRequestError if it is not known how to write such a report."""
+    """Raises InvalidRequestError if such a report cannot be written."""
     if path.suffix not in _SUFFIXES:
         raise InvalidRequestError(f"report {path}: its name must end with {' or '.join(_SUFFIXES)}", field="report")
 

@@ -1,5 +1,6 @@
 """Workloads from the log of a router: what was asked of it, as it came (docs/logging.md)."""
 
+import heapq
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,27 +24,34 @@ class Logged:
     traffic: Traffic
     """With its own gaps, in units of the mean gap."""
     rate: float
-    """Requests per second."""
+    """Requests per second that came, also those that were refused."""
 
 
 def read_log(path: Path, requests: int | None = None) -> Logged:
-    """Requests that were answered, in the order of their arrival.
+    """Requests in the order of their arrival. What was not answered has the lengths of others that were.
 
     Args:
         requests: only the last so many.
 
     Raises:
-        InvalidRequestError: the file cannot be read, or tells of fewer than two requests.
+        InvalidRequestError: the file cannot be read, or tells of fewer than two requests, or of none that was answered.
     """
+    if requests is not None and requests < 2:
+        raise InvalidRequestError(f"{requests} requests of a log are too few, 2 are needed", field="requests")
     try:
-        with path.open() as file:
-            rows = sorted(row for row in map(_row, _events(file)) if row is not None)
+        with path.open(encoding="utf-8", errors="replace") as file:
+            rows = heapq.nlargest(requests or _REQUESTS_MAX, (row for row in map(_row, _events(file)) if row))
     except OSError as error:
         raise InvalidRequestError(f"log {path}: {error}", field="log") from error
-    rows = rows[-(requests or _REQUESTS_MAX) :]
-    if len(rows) < 2:
-        raise InvalidRequestError(f"log {path} tells of {len(rows)} answered requests, 2 are needed", field="log")
-    arrived_s, prompts, outputs, cached = np.array(rows, np.float64).T
+    answered = [row for row in rows if row[1]]
+    if len(rows) < 2 or not answered:
+        raise InvalidRequestError(
+            f"log {path} tells of {len(rows)} requests, {len(answered)} of them answered; 2 and 1 are needed",
+            field="log",
+        )
+    others = np.random.default_rng(0).integers(0, len(answered), len(rows))
+    like = [row if row[1] else (row[0], *answered[other][1:]) for row, other in zip(rows, others, strict=True)]
+    arrived_s, prompts, outputs, cached = np.array(like[::-1], np.float64).T
     gaps = np.diff(arrived_s, prepend=arrived_s[0])
     mean_s = float(gaps[1:].mean())
     if not mean_s > 0:
@@ -65,14 +73,13 @@ def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 
 def _row(event: dict[str, Any]) -> tuple[float, int, int, int] | None:
-    """Arrival in s, tokens of the prompt, tokens of an answer after its first, cached tokens; None if there was no
-    whole answer of two tokens or more."""
-    if event.get("outcome") != "OK":
-        return None
+    """Arrival in s, tokens of the prompt, tokens of an answer after its first (at least 1), cached tokens; these are 0
+    where there was no answer. None if it is no such event."""
     try:
-        outputs = event["completion_tokens"] // event["choices"] - 1
         arrived_s = datetime.fromisoformat(event["timestamp"]).timestamp() - event["seconds"]
-        row = arrived_s, int(event["prompt_tokens"]), int(outputs), int(event["cached_tokens"])
+        if event["outcome"] != "OK":
+            return arrived_s, 0, 0, 0
+        outputs = max(int(event["completion_tokens"]) // int(event["choices"]) - 1, 1)
+        return arrived_s, int(event["prompt_tokens"]), outputs, int(event["cached_tokens"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         return None
-    return row if row[1] >= 1 and row[2] >= 1 else None

@@ -1,6 +1,7 @@
 """Finds the candidate that serves most within limits for what it costs: ceilings say where to look first and where not
 at all, the simulation decides. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -25,7 +26,7 @@ class Question:
     traffic: Traffic
     slo: Slo
     rate_max: float
-    """Requests per second for a unit of cost up to which is searched."""
+    """Requests per second and device up to which is searched where no bound is known."""
     rate: float | None = None
     """Requests per second that have to be served for as little as can be; None: most for a unit of cost."""
     seeds: Sequence[int] = SEEDS
@@ -107,8 +108,14 @@ def _looked(candidate: Candidate, question: Question, loads: Sequence[Traffic]) 
         refusal = error.message
     if refusal:
         return Found(candidate, cost, 0.0, refused=refusal)
-    ceilings = [min(ceiling(candidate, load, question.slo), question.rate_max * cost) for load in loads]
+    ceilings = [highest(candidate, question, load) for load in loads]
     return Found(candidate, cost, fmean(ceilings), max(ceilings))
+
+
+def highest(candidate: Candidate, question: Question, load: Traffic) -> float:
+    """Requests per second that a candidate cannot exceed, or up to which is searched if no bound is known."""
+    most = ceiling(candidate, load, question.slo)
+    return most if most < math.inf else question.rate_max * sum(candidate.taken.values())
 
 
 def _simulated(looked: Sequence[Found], question: Question) -> list[Found]:

@@ -9,7 +9,7 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native.goodput import goodput
 from zipserve.planner.native.traffic import Traffic
 from zipserve.planner.placement.router_log import Logged
-from zipserve.planner.placement.search import Found, Question, Ranking, search
+from zipserve.planner.placement.search import Found, Question, Ranking, highest, search
 from zipserve.planner.placement.values import as_yaml, values
 
 _SURE = 0.01
@@ -74,10 +74,9 @@ class Watch:
         """Whether changing is worth it: the present one does not serve what comes, or costs much more than it must."""
         assert asked.rate is not None
         try:
-            rate_max = asked.rate_max * self._present.cost
-            now = goodput(
-                self._present.candidate.cluster, asked.traffic, asked.slo, rate_max, asked.seeds, asked.arrivals
-            ).mean
+            candidate = self._present.candidate
+            rate_max = 2 * highest(candidate, asked, asked.traffic)  # of other draws of the gaps
+            now = goodput(candidate.cluster, asked.traffic, asked.slo, rate_max, asked.seeds, asked.arrivals).mean
         except InvalidRequestError:  # a request does not fit at all
             now = 0.0
         if now < asked.rate:

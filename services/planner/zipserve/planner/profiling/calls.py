@@ -108,7 +108,7 @@ async def try_overhead_ms(cluster: Cluster, api_key: str) -> float | None:
     """The same of a cluster; None where there is no router, or it does not serve us."""
     if not cluster.router:
         return None
-    with suppress(ZipserveError):
+    with suppress(ZipserveError, TimeoutError):
         async with asyncio.timeout(_TIMEOUT_S):
             return await overhead_ms_of(cluster.router, cluster.workers[0].record.capabilities.vocab_tokens, api_key)
     return None

@@ -143,6 +143,8 @@ async def _read(channels: ChannelPool, worker: Watched) -> None:
             answer = await stub.ListSteps(ListStepsRequest(after=worker.last), timeout=_TIMEOUT_S)
         if answer.incarnation != worker.record.incarnation:
             raise UnavailableError(f"{worker.name} has been started anew")
+        if answer.next != worker.last + answer.lost + len(answer.steps):
+            raise UnavailableError(f"{worker.name} counts its steps from {worker.last} to {answer.next}, wrongly")
         worker.last, worker.lost = answer.next, worker.lost + answer.lost
         if not answer.steps:
             return

@@ -90,7 +90,7 @@ def settings_of(options: argparse.Namespace) -> ProfileSettings:
     """How the cluster is found."""
     known = json.loads((options.log_dir / STACK_FILE).read_text()) if options.log_dir else {}
     asked = {"redis_url": options.redis, "cluster": options.cluster}
-    return ProfileSettings(**known, **{name: value for name, value in asked.items() if value})
+    return ProfileSettings(**known | {name: value for name, value in asked.items() if value})
 
 
 def _promised(options: argparse.Namespace, bases: Sequence[WorkerProfile]) -> list[WorkerProfile]:

@@ -9,7 +9,7 @@ from itertools import cycle
 from random import Random
 from typing import Any
 
-from zipserve.common.errors import DeadlineError, OverloadedError
+from zipserve.common.errors import DeadlineError, InvalidRequestError, OverloadedError
 from zipserve.common.rpc.channel import ChannelPool
 from zipserve.common.rpc.status import client_errors
 from zipserve.planner.profiling import grid
@@ -70,16 +70,28 @@ class _Driver:
         self._random = random
         self._limits: Limits = worker.limits(tokens_max)
         self._vocab_tokens = worker.record.capabilities.vocab_tokens
+        self._settings = 0
+        """That were tried."""
         self._lanes: list[list[int]] = []
         """Beginnings of the sequences that decode: always the same ones, so that most of their KV is still there."""
 
     async def run(self) -> None:
+        """Loads the worker until it is cancelled.
+
+        Raises:
+            InvalidRequestError: it has no room for anything.
+        """
         while True:
+            before = self._settings
             if self._worker.role == "prefill":
                 for lengths in grid.prompts(self._limits, self._random):
                     await self._admitted(asyncio.gather(*map(self._prefill, lengths)))
             else:
                 await self._decode_round()
+            if self._settings == before:
+                raise InvalidRequestError(
+                    f"{self._worker.name} has no room for any prompt: {self._limits}", field="grid"
+                )
 
     async def _decode_round(self) -> None:
         """Prompts by themselves, and sequences that decode, with and without prompts beside them, in turns."""
@@ -91,6 +103,7 @@ class _Driver:
 
     async def _admitted(self, work: Awaitable[object]) -> None:
         """What a busy worker has no room for is left out."""
+        self._settings += 1
         with suppress(OverloadedError, DeadlineError):
             await work
 
