@@ -107,6 +107,7 @@ def test_search_without_chance(limit: float) -> None:
     found = goodput(search.points, 0.9)
     assert found.rate <= limit < found.below
     assert found.below / found.rate == pytest.approx(1.1)
+    assert found.most == found.rate
     assert len(search.points) <= 9
 
 
@@ -297,21 +298,36 @@ def test_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "gain", "met"), [(0.9, 0.3, 3.0, True), (0.4, 0.3, 4 / 3, False), (0.4, 0.0, math.inf, True)]
+    ("ours", "theirs", "gain", "met"),
+    [
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.3, 0.33)), 3.0, True),
+        ((2, Goodput(0.4, 9.0)), (2, Goodput(0.3, 0.33)), 4 / 3, False),
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.3, 0.4)), 2.25, False),  # it may bear up to 0.4
+        ((8, Goodput(2.4, 9.0)), (2, Goodput(0.3, 0.33)), 2.0, False),  # with four times as many devices
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.0, 0.1)), math.nan, False),
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.3, math.inf)), math.nan, False),
+        ((2, Goodput(0.0, 0.1)), (2, Goodput(0.0, 0.1)), math.nan, False),
+        ((2, Goodput(0.0, 0.1)), (2, Goodput(0.3, 0.33)), 0.0, False),
+    ],
 )
-def test_bars_against_a_rival(ours: float, theirs: float, gain: float, met: bool) -> None:
-    goodputs = {"apart": (2, Goodput(ours, 9.0)), "vLLM apart 512": (2, Goodput(theirs, 9.0))}
-    failed, lag, best, apart = bars.checks(some_figures(), goodputs, decides=True)
-    assert (failed.value, failed.met, lag.met) == (0, True, True)
-    assert best.value == apart.value == pytest.approx(gain)
-    assert best.met == apart.met == met
+def test_bars_against_a_rival(ours: tuple[int, Goodput], theirs: tuple[int, Goodput], gain: float, met: bool) -> None:
+    goodputs = {"apart": ours, "vLLM apart 512": theirs}
+    failed, lag, failed_of_rival, best, apart = bars.checks(some_figures(), goodputs, decides=True)
+    assert (failed.value, failed_of_rival.value, lag.met) == (0, 0, True)
+    assert [best.value, apart.value] == pytest.approx([gain, gain], nan_ok=True)
+    assert (best.met, apart.met) == (gain >= bars.BEST_GAIN, met)
     assert [check.name for check in bars.checks(some_figures(), {"apart": (2, Goodput(1, 2))}, decides=True)] == [
         *(failed.name, lag.name)
     ]
-    nobody = bars.checks(
-        some_figures(), {"apart": (2, Goodput(0, 2)), "vLLM apart 512": (2, Goodput(0, 2))}, decides=True
-    )
-    assert not any(check.met for check in nobody[2:])
+
+
+@pytest.mark.parametrize("who", ["apart", "vLLM apart 512"])
+def test_failures_of_any_contestant_count(who: str) -> None:
+    figures = some_figures()
+    figures[who].append(runs.figures(a_run(0.6, a_record(1.0, error="OVERLOADED"), a_record(1.0, 0.1)), OBJECTIVE))
+    goodputs = {"apart": (2, Goodput(0.9, 1.0)), "vLLM apart 512": (2, Goodput(0.3, 0.33))}
+    unmet = [(check.name, check.value) for check in bars.checks(figures, goodputs, decides=True) if not check.met]
+    assert unmet == [("failed requests" if who == "apart" else "failed requests of vLLM", 1)]
 
 
 def test_json_has_no_numbers_that_are_none() -> None:

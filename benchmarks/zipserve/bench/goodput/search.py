@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_FACTOR = 1.1
+"""Between neighbours of the grid."""
 _HALVINGS_MAX = 2
 """Below the first rate; runs of low rates are long."""
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Goodput:
     """The highest measured one that enough requests bear; 0: none."""
     below: float
     """The lowest measured one at which they do not; infinite: there is none, and the goodput is at least `rate`."""
+
+    @property
+    def most(self) -> float:
+        """What it is at most: `rate`, where `below` is its neighbour on the grid, else `below`."""
+        return self.rate if self.below <= self.rate * _FACTOR * (1 + _ROUNDING) else self.below
 
 
 def fitted(points: Iterable[Point]) -> list[Point]:
@@ -64,7 +72,7 @@ class Search:
     """Says at which rate to measure next: doubles or halves until the goodput lies between two rates, then halves what
     is between them. A rate next to the goodput whose share could be chance is measured once more."""
 
-    def __init__(self, attain: float, start: float, *, factor: float = 1.1, runs_max: int = 10) -> None:
+    def __init__(self, attain: float, start: float, *, factor: float = _FACTOR, runs_max: int = 10) -> None:
         """
         Args:
             attain: share of requests that must keep their objectives.
