@@ -6,6 +6,10 @@ import json
 import math
 import random
 import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +19,12 @@ from hypothesis import strategies as st
 
 from zipserve.bench.goodput import bars, plot, runs, table
 from zipserve.bench.goodput.arrangements import Arrangement, parse, read_plan
+from zipserve.bench.goodput.contestants import Connect
 from zipserve.bench.goodput.runs import Load, Run
 from zipserve.bench.goodput.search import Goodput, Point, Search, fitted, goodput
 from zipserve.bench.goodput.workloads import MIXES, Lengths, Mix, Trace, named
 from zipserve.bench.serve.arrivals import Arrival
+from zipserve.bench.serve.endpoints import Ask, Prompt
 from zipserve.bench.serve.records import Objective, Record
 from zipserve.common.errors import InvalidRequestError
 
@@ -60,6 +66,9 @@ def test_traces_at_any_rate(tmp_path: Path) -> None:
     trace = named(str(path))
     assert trace.name == "t.csv"
     assert trace.arrivals(3, 1.0, "") == [Arrival(0.0, 3, 4), Arrival(0.5, 5, 6), Arrival(2.0, 7, 8)]
+    assert trace.arrivals(2, 2.0, "") == [Arrival(0.0, 3, 4), Arrival(0.5, 5, 6)]  # what comes later is not sent
+    with pytest.raises(InvalidRequestError, match=r"t\.csv: its first 1 requests have no rate"):
+        trace.arrivals(1, 1.0, "")
     with pytest.raises(InvalidRequestError, match=r"t\.csv has 3 requests, not 4"):
         trace.arrivals(4, 1.0, "")
     path.write_text("arrival_s,prompt_tokens,output_tokens\n1,3,4\n1,5,6\n")
@@ -268,6 +277,48 @@ def test_what_a_run_comes_to() -> None:
         "counted": True,
         "kept": True,
     }
+
+
+@dataclass
+class Server:
+    """Answers at once with as many tokens as wanted, but never more than it has."""
+
+    most: int = 1000
+    prompts: list[list[int]] = field(default_factory=list)
+    devices = 2
+    instances = 3
+    name = "server"
+
+    @contextmanager
+    def served(self) -> Iterator[Connect]:
+        """See Contestant."""
+        yield self.connect
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Ask]:
+        """See Connect."""
+        yield self.ask
+
+    async def ask(self, prompt: Prompt, output_tokens: int, record: Record) -> None:
+        """See Ask."""
+        assert isinstance(prompt, list)
+        self.prompts.append(prompt)
+        record.sent_s = record.ended_s = time.perf_counter()
+        record.arrivals = [(record.sent_s, min(output_tokens, self.most))]
+
+
+async def test_short_answers_have_failed() -> None:
+    load = Load(MIXES["rival"], requests=4, edge=1, vocab_tokens=800, seed=1)
+    whole = await runs.run(Server().connect, load, 200.0)
+    assert [record.error for record in whole.records] == [""] * 6
+    assert runs.figures(whole, OBJECTIVE)["rate_sent"] == pytest.approx(
+        5 / (whole.records[-1].sent_s - whole.records[0].sent_s)
+    )
+    short = await runs.run(Server(most=15).connect, load, 200.0)
+    assert short.records[0].error == f"SHORT: 15 of {short.arrivals[0].output_tokens} tokens"
+    assert (short.point(OBJECTIVE).kept, runs.figures(short, OBJECTIVE)["failed"]) == (0, 4)
+    with pytest.raises(InvalidRequestError, match="before the start failed: SHORT"):
+        await runs.warmed_up(Server(most=15).connect, load, 1)
 
 
 def some_figures() -> dict[str, list[dict[str, Any]]]:
