@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import random
+import signal
 import statistics
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipserve.bench.goodput import bars, plot, runs, table
+from zipserve.bench.goodput import bars, command, plot, runs, table
 from zipserve.bench.goodput.arrangements import Arrangement, parse, read_plan
 from zipserve.bench.goodput.contestants import Connect
 from zipserve.bench.goodput.runs import Load, Run
@@ -319,6 +320,28 @@ async def test_short_answers_have_failed() -> None:
     assert (short.point(OBJECTIVE).kept, runs.figures(short, OBJECTIVE)["failed"]) == (0, 4)
     with pytest.raises(InvalidRequestError, match="before the start failed: SHORT"):
         await runs.warmed_up(Server(most=15).connect, load, 1)
+
+
+@pytest.mark.parametrize("warm_up", [0, 5])
+def test_rates_that_are_told(
+    warm_up: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each instance is warm before, and the second run of a rate has prompts of its own."""
+    server = Server()
+    monkeypatch.setattr(command, "_contestants", lambda *_: [server])
+    (tmp_path / "config.json").write_text('{"vocab_size": 800}')
+    (tmp_path / "model.safetensors").touch()
+    arguments = f"--json --model {tmp_path} --rates 100 200 100 --requests 3 --edge 0 --warm-up {warm_up}"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command.run(command.parser().parse_args(arguments.split())) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    told = [(run["rate"], run["repeat"]) for run in found["arrangements"]["server"]["runs"]]
+    assert told == [(100, 0), (200, 0), (100, 1)]
+    assert len(server.prompts) == max(warm_up, 3) + 9
+    assert len({tuple(prompt[:16]) for prompt in server.prompts}) == len(server.prompts)
 
 
 def some_figures() -> dict[str, list[dict[str, Any]]]:

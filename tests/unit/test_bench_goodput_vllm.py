@@ -59,7 +59,7 @@ async def served(vllm: Vllm, requests: int) -> list[Record]:
 
 async def test_one_instance(python: Path) -> None:
     vllm = a_vllm("whole", python)
-    assert (vllm.name, vllm.devices) == ("vLLM whole 128", len(os.sched_getaffinity(0)))
+    assert (vllm.name, vllm.devices, vllm.instances) == ("vLLM whole 128", len(os.sched_getaffinity(0)), 1)
     (record,) = await served(vllm, 1)
     assert ([count for _, count in record.arrivals], record.error) == ([1, 1, 1], "")
     (started,) = told(python, stub_vllm.STARTED)
@@ -75,6 +75,7 @@ async def test_one_instance(python: Path) -> None:
 async def test_instances_take_turns(python: Path) -> None:
     vllm = a_vllm("replicas:64", python)
     count = len(os.sched_getaffinity(0))
+    assert vllm.instances == count
     records = await served(vllm, 2 * count)
     assert [record.error for record in records] == [""] * (2 * count)
     ports = [asked["port"] for asked in told(python, stub_vllm.ASKED)]

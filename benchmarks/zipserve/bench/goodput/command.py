@@ -13,7 +13,7 @@ from zipserve.bench import report
 from zipserve.bench.goodput import arrangements, bars, plot, runs, table, workloads
 from zipserve.bench.goodput.contestants import Connect, Contestant, Zipserve
 from zipserve.bench.goodput.runs import Load, Run
-from zipserve.bench.goodput.search import Goodput, Search, goodput
+from zipserve.bench.goodput.search import Goodput, Search, goodput, repeats
 from zipserve.bench.goodput.vllm import Vllm
 from zipserve.bench.serve.records import Objective
 from zipserve.common import models
@@ -55,7 +55,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--edge", type=report.whole(0), metavar="N", help="before and after these, which do not count (default: 4)"
     )
-    options.add_argument("--warm-up", type=report.whole(0), default=4, metavar="N", help="requests before (default: 4)")
+    options.add_argument(
+        "--warm-up", type=report.whole(0), default=4, metavar="N",
+        help="requests before, at least one for each instance (default: 4)",
+    )  # fmt: skip
     options.add_argument("--seed", type=int, default=1, help="of arrivals, lengths and prompts (default: 1)")
     options.add_argument("--slo-ttft-ms", type=report.above_0, default=4000.0, metavar="MS", help="(default: 4000)")
     options.add_argument("--slo-tpot-ms", type=report.above_0, default=200.0, metavar="MS", help="(default: 200)")
@@ -101,10 +104,10 @@ def run(options: argparse.Namespace) -> int:
     for contestant in _contestants(options, files):
         report.progress(f"{contestant.name} starts")
         with contestant.served() as connect:
-            asyncio.run(runs.warmed_up(connect, load, options.warm_up))
+            asyncio.run(runs.warmed_up(connect, load, max(options.warm_up, contestant.instances)))
             mine = found[contestant.name] = _Found(contestant.devices)
             if rates:
-                mine.runs = [_measure(contestant, connect, load, objective, rate) for rate in rates]
+                mine.runs = [_measure(contestant, connect, load, objective, *each) for each in repeats(rates)]
                 mine.goodput = goodput([run.point(objective) for run in mine.runs], options.attain)
             else:
                 _search(mine, contestant, connect, load, objective, options)
@@ -129,7 +132,7 @@ def _contestants(options: argparse.Namespace, files: ModelFiles) -> list[Contest
 
 
 def _measure(
-    contestant: Contestant, connect: Connect, load: Load, objective: Objective, rate: float, repeat: int = 0
+    contestant: Contestant, connect: Connect, load: Load, objective: Objective, rate: float, repeat: int
 ) -> Run:
     measured = asyncio.run(runs.run(connect, load, rate, repeat))
     shares = runs.attained(measured.counted, objective)

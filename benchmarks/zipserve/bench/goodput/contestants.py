@@ -27,6 +27,10 @@ class Contestant(Protocol):
     def devices(self) -> int:
         """Cores that it computes on."""
 
+    @property
+    def instances(self) -> int:
+        """Processes that take requests in turns; each has had one after as many."""
+
     def served(self) -> AbstractContextManager[Connect]:
         """Runs it while the context is open.
 
@@ -55,6 +59,11 @@ class Zipserve:
     def devices(self) -> int:
         """See Contestant."""
         return self.arrangement.devices
+
+    @property
+    def instances(self) -> int:
+        """See Contestant. The router takes those that are idle by turns."""
+        return max(self.arrangement.prefill, self.arrangement.decode)
 
     @contextmanager
     def served(self) -> Iterator[Connect]:

@@ -68,6 +68,11 @@ def goodput(points: Iterable[Point], attain: float) -> Goodput:
     return Goodput(max(enough, default=0.0), min(short, default=math.inf))
 
 
+def repeats(rates: Sequence[float]) -> list[tuple[float, int]]:
+    """Each of the rates, and how many runs it has had before, as `Search.next` tells them."""
+    return [(rate, rates[:index].count(rate)) for index, rate in enumerate(rates)]
+
+
 class Search:
     """Says at which rate to measure next: doubles or halves until the goodput lies between two rates, then halves what
     is between them. A rate next to the goodput whose share could be chance is measured once more."""

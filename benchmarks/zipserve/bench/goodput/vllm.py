@@ -61,6 +61,11 @@ class Vllm:
         """See Contestant."""
         return sum(map(len, self._cores()))
 
+    @property
+    def instances(self) -> int:
+        """See Contestant."""
+        return len(self._cores())
+
     @contextmanager
     def served(self) -> Iterator[Connect]:
         """See Contestant."""
