@@ -159,10 +159,13 @@ def test_arrangements() -> None:
     assert parse("whole", 2) == Arrangement("whole", 0, 1, 2)
     apart = parse("apart:decode.step_tokens=64,codec=raw", 2)
     assert (apart.prefill, apart.decode, apart.devices) == (1, 1, 2)
-    assert apart.up("m", "zip-4/32") == [
-        *("--prefill=1", "--decode=1", "--threads=1", "--model=m", "--codec=raw", "--set=decode.step_tokens=64")
+    assert apart.up("m", "zip-4/32", 16) == [
+        *("--prefill=1", "--decode=1", "--threads=1", "--model=m", "--codec=raw"),
+        *("--set=prefill.sequences_max=16", "--set=decode.sequences_max=16", "--set=decode.step_tokens=64"),
     ]
-    assert parse("one:prefill=0,decode=1", 2).up("m", "int4")[-1] == "--codec=int4"
+    assert "--codec=int4" in parse("one:prefill=0,decode=1", 2).up("m", "int4", 16)
+    own = parse("apart:decode.sequences_max=8", 2).up("m", "raw", 16)
+    assert own[-2:] == ["--set=prefill.sequences_max=16", "--set=decode.sequences_max=8"]
     assert Arrangement("x", 1, 2, 2).cores([3, 4, 5, 6, 7, 8]) == {
         "prefill-0": [3, 4],
         "decode-0": [5, 6],
@@ -338,6 +341,7 @@ def test_rates_that_are_told(
     finally:
         signal.signal(signal.SIGTERM, before)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["sequences"], found["preloaded"]) == (16, {})
     told = [(run["rate"], run["repeat"]) for run in found["arrangements"]["server"]["runs"]]
     assert told == [(100, 0), (200, 0), (100, 1)]
     assert len(server.prompts) == max(warm_up, 3) + 9

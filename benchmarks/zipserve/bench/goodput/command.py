@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zipserve.bench import report
+from zipserve.bench.engine.vllm import preloaded
 from zipserve.bench.goodput import arrangements, bars, plot, runs, table, workloads
 from zipserve.bench.goodput.contestants import Connect, Contestant, Zipserve
 from zipserve.bench.goodput.runs import Load, Run
@@ -42,6 +43,10 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     options.add_argument("--model", default=models.DEFAULT_MODEL, help="folder or Hugging Face id (default: SmolLM2)")
     options.add_argument("--codec", choices=CODECS, default=DEFAULT_CODEC, help=f"of KV (default: {DEFAULT_CODEC})")
+    options.add_argument(
+        "--sequences", type=report.whole(1), default=16, metavar="N",
+        help="most at once, of each worker and each instance of vLLM, unless an arrangement says else (default: 16)",
+    )  # fmt: skip
     options.add_argument(
         "--workload", default="rival", metavar="W",
         help=f"{', '.join(workloads.MIXES)}, or a trace as `bench serve` reads them (default: rival)",
@@ -122,12 +127,16 @@ def _contestants(options: argparse.Namespace, files: ModelFiles) -> list[Contest
     for arrangement in wanted:
         arrangement.cores(range(cores))  # before the first one starts
     found: list[Contestant] = [
-        Zipserve(arrangement, options.model, options.codec, options.timeout) for arrangement in wanted
+        Zipserve(arrangement, options.model, options.codec, options.sequences, options.timeout)
+        for arrangement in wanted
     ]
     if options.rival:
         if options.rival_python is None:
             raise InvalidRequestError("rival vllm needs --rival-python", field="rival-python")
-        found += [Vllm.parse(text, options.rival_python, files, options.timeout) for text in options.rival_arrangements]
+        found += [
+            Vllm.parse(text, options.rival_python, files, options.sequences, options.timeout)
+            for text in options.rival_arrangements
+        ]
     return found
 
 
@@ -171,6 +180,8 @@ def _finish(options: argparse.Namespace, files: ModelFiles, objective: Objective
     told = {
         "model": files.name,
         "codec": options.codec,
+        "sequences": options.sequences,
+        "preloaded": preloaded(options.rival_python) if options.rival else {},
         "workload": options.workload,
         "seed": options.seed,
         "attain": options.attain,

@@ -47,6 +47,8 @@ class Zipserve:
     arrangement: Arrangement
     model: str
     codec: str
+    sequences: int
+    """Most at once of a worker, where its arrangement says nothing else."""
     timeout_s: float
     """Of a request."""
 
@@ -69,7 +71,7 @@ class Zipserve:
     def served(self) -> Iterator[Connect]:
         """See Contestant."""
         cores = self.arrangement.cores(sorted(os.sched_getaffinity(0)))
-        with Stack(self.arrangement.up(self.model, self.codec)) as stack:
+        with Stack(self.arrangement.up(self.model, self.codec, self.sequences)) as stack:
             processes = stack.workers()
             for worker, own in cores.items():
                 pin(processes[worker], own)
