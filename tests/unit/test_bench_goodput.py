@@ -5,7 +5,12 @@ import itertools
 import json
 import math
 import random
+import signal
 import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipserve.bench.goodput import bars, plot, runs, table
+from zipserve.bench.goodput import bars, command, plot, runs, table
 from zipserve.bench.goodput.arrangements import Arrangement, parse, read_plan
+from zipserve.bench.goodput.contestants import Connect
 from zipserve.bench.goodput.runs import Load, Run
 from zipserve.bench.goodput.search import Goodput, Point, Search, fitted, goodput
 from zipserve.bench.goodput.workloads import MIXES, Lengths, Mix, Trace, named
 from zipserve.bench.serve.arrivals import Arrival
+from zipserve.bench.serve.endpoints import Ask, Prompt
 from zipserve.bench.serve.records import Objective, Record
 from zipserve.common.errors import InvalidRequestError
 
@@ -60,6 +67,9 @@ def test_traces_at_any_rate(tmp_path: Path) -> None:
     trace = named(str(path))
     assert trace.name == "t.csv"
     assert trace.arrivals(3, 1.0, "") == [Arrival(0.0, 3, 4), Arrival(0.5, 5, 6), Arrival(2.0, 7, 8)]
+    assert trace.arrivals(2, 2.0, "") == [Arrival(0.0, 3, 4), Arrival(0.5, 5, 6)]  # what comes later is not sent
+    with pytest.raises(InvalidRequestError, match=r"t\.csv: its first 1 requests have no rate"):
+        trace.arrivals(1, 1.0, "")
     with pytest.raises(InvalidRequestError, match=r"t\.csv has 3 requests, not 4"):
         trace.arrivals(4, 1.0, "")
     path.write_text("arrival_s,prompt_tokens,output_tokens\n1,3,4\n1,5,6\n")
@@ -107,6 +117,7 @@ def test_search_without_chance(limit: float) -> None:
     found = goodput(search.points, 0.9)
     assert found.rate <= limit < found.below
     assert found.below / found.rate == pytest.approx(1.1)
+    assert found.most == found.rate
     assert len(search.points) <= 9
 
 
@@ -148,10 +159,13 @@ def test_arrangements() -> None:
     assert parse("whole", 2) == Arrangement("whole", 0, 1, 2)
     apart = parse("apart:decode.step_tokens=64,codec=raw", 2)
     assert (apart.prefill, apart.decode, apart.devices) == (1, 1, 2)
-    assert apart.up("m", "zip-4/32") == [
-        *("--prefill=1", "--decode=1", "--threads=1", "--model=m", "--codec=raw", "--set=decode.step_tokens=64")
+    assert apart.up("m", "zip-4/32", 16) == [
+        *("--prefill=1", "--decode=1", "--threads=1", "--model=m", "--codec=raw"),
+        *("--set=prefill.sequences_max=16", "--set=decode.sequences_max=16", "--set=decode.step_tokens=64"),
     ]
-    assert parse("one:prefill=0,decode=1", 2).up("m", "int4")[-1] == "--codec=int4"
+    assert "--codec=int4" in parse("one:prefill=0,decode=1", 2).up("m", "int4", 16)
+    own = parse("apart:decode.sequences_max=8", 2).up("m", "raw", 16)
+    assert own[-2:] == ["--set=prefill.sequences_max=16", "--set=decode.sequences_max=8"]
     assert Arrangement("x", 1, 2, 2).cores([3, 4, 5, 6, 7, 8]) == {
         "prefill-0": [3, 4],
         "decode-0": [5, 6],
@@ -269,6 +283,71 @@ def test_what_a_run_comes_to() -> None:
     }
 
 
+@dataclass
+class Server:
+    """Answers at once with as many tokens as wanted, but never more than it has."""
+
+    most: int = 1000
+    prompts: list[list[int]] = field(default_factory=list)
+    devices = 2
+    instances = 3
+    name = "server"
+
+    @contextmanager
+    def served(self) -> Iterator[Connect]:
+        """See Contestant."""
+        yield self.connect
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[Ask]:
+        """See Connect."""
+        yield self.ask
+
+    async def ask(self, prompt: Prompt, output_tokens: int, record: Record) -> None:
+        """See Ask."""
+        assert isinstance(prompt, list)
+        self.prompts.append(prompt)
+        record.sent_s = record.ended_s = time.perf_counter()
+        record.arrivals = [(record.sent_s, min(output_tokens, self.most))]
+
+
+async def test_short_answers_have_failed() -> None:
+    load = Load(MIXES["rival"], requests=4, edge=1, vocab_tokens=800, seed=1)
+    whole = await runs.run(Server().connect, load, 200.0)
+    assert [record.error for record in whole.records] == [""] * 6
+    assert runs.figures(whole, OBJECTIVE)["rate_sent"] == pytest.approx(
+        5 / (whole.records[-1].sent_s - whole.records[0].sent_s)
+    )
+    short = await runs.run(Server(most=15).connect, load, 200.0)
+    assert short.records[0].error == f"SHORT: 15 of {short.arrivals[0].output_tokens} tokens"
+    assert (short.point(OBJECTIVE).kept, runs.figures(short, OBJECTIVE)["failed"]) == (0, 4)
+    with pytest.raises(InvalidRequestError, match="before the start failed: SHORT"):
+        await runs.warmed_up(Server(most=15).connect, load, 1)
+
+
+@pytest.mark.parametrize("warm_up", [0, 5])
+def test_rates_that_are_told(
+    warm_up: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each instance is warm before, and the second run of a rate has prompts of its own."""
+    server = Server()
+    monkeypatch.setattr(command, "_contestants", lambda *_: [server])
+    (tmp_path / "config.json").write_text('{"vocab_size": 800}')
+    (tmp_path / "model.safetensors").touch()
+    arguments = f"--json --model {tmp_path} --rates 100 200 100 --requests 3 --edge 0 --warm-up {warm_up}"
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert command.run(command.parser().parse_args(arguments.split())) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found["sequences"], found["preloaded"]) == (16, {})
+    told = [(run["rate"], run["repeat"]) for run in found["arrangements"]["server"]["runs"]]
+    assert told == [(100, 0), (200, 0), (100, 1)]
+    assert len(server.prompts) == max(warm_up, 3) + 9
+    assert len({tuple(prompt[:16]) for prompt in server.prompts}) == len(server.prompts)
+
+
 def some_figures() -> dict[str, list[dict[str, Any]]]:
     good, late = a_record(1.0, 0.1), a_record(9.0, 0.1)
     return {
@@ -297,21 +376,36 @@ def test_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "theirs", "gain", "met"), [(0.9, 0.3, 3.0, True), (0.4, 0.3, 4 / 3, False), (0.4, 0.0, math.inf, True)]
+    ("ours", "theirs", "gain", "met"),
+    [
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.3, 0.33)), 3.0, True),
+        ((2, Goodput(0.4, 9.0)), (2, Goodput(0.3, 0.33)), 4 / 3, False),
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.3, 0.4)), 2.25, False),  # it may bear up to 0.4
+        ((8, Goodput(2.4, 9.0)), (2, Goodput(0.3, 0.33)), 2.0, False),  # with four times as many devices
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.0, 0.1)), math.nan, False),
+        ((2, Goodput(0.9, 9.0)), (2, Goodput(0.3, math.inf)), math.nan, False),
+        ((2, Goodput(0.0, 0.1)), (2, Goodput(0.0, 0.1)), math.nan, False),
+        ((2, Goodput(0.0, 0.1)), (2, Goodput(0.3, 0.33)), 0.0, False),
+    ],
 )
-def test_bars_against_a_rival(ours: float, theirs: float, gain: float, met: bool) -> None:
-    goodputs = {"apart": (2, Goodput(ours, 9.0)), "vLLM apart 512": (2, Goodput(theirs, 9.0))}
-    failed, lag, best, apart = bars.checks(some_figures(), goodputs, decides=True)
-    assert (failed.value, failed.met, lag.met) == (0, True, True)
-    assert best.value == apart.value == pytest.approx(gain)
-    assert best.met == apart.met == met
+def test_bars_against_a_rival(ours: tuple[int, Goodput], theirs: tuple[int, Goodput], gain: float, met: bool) -> None:
+    goodputs = {"apart": ours, "vLLM apart 512": theirs}
+    failed, lag, failed_of_rival, best, apart = bars.checks(some_figures(), goodputs, decides=True)
+    assert (failed.value, failed_of_rival.value, lag.met) == (0, 0, True)
+    assert [best.value, apart.value] == pytest.approx([gain, gain], nan_ok=True)
+    assert (best.met, apart.met) == (gain >= bars.BEST_GAIN, met)
     assert [check.name for check in bars.checks(some_figures(), {"apart": (2, Goodput(1, 2))}, decides=True)] == [
         *(failed.name, lag.name)
     ]
-    nobody = bars.checks(
-        some_figures(), {"apart": (2, Goodput(0, 2)), "vLLM apart 512": (2, Goodput(0, 2))}, decides=True
-    )
-    assert not any(check.met for check in nobody[2:])
+
+
+@pytest.mark.parametrize("who", ["apart", "vLLM apart 512"])
+def test_failures_of_any_contestant_count(who: str) -> None:
+    figures = some_figures()
+    figures[who].append(runs.figures(a_run(0.6, a_record(1.0, error="OVERLOADED"), a_record(1.0, 0.1)), OBJECTIVE))
+    goodputs = {"apart": (2, Goodput(0.9, 1.0)), "vLLM apart 512": (2, Goodput(0.3, 0.33))}
+    unmet = [(check.name, check.value) for check in bars.checks(figures, goodputs, decides=True) if not check.met]
+    assert unmet == [("failed requests" if who == "apart" else "failed requests of vLLM", 1)]
 
 
 def test_json_has_no_numbers_that_are_none() -> None:

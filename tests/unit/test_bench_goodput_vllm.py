@@ -4,6 +4,7 @@ counted, and that nothing is left behind."""
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import stub_vllm
 from polling import until
 from zipserve.bench import cores
+from zipserve.bench.engine.vllm import environment, preloaded
 from zipserve.bench.goodput.vllm import Vllm
 from zipserve.bench.serve.records import Record
 from zipserve.common.errors import InvalidRequestError
@@ -39,7 +41,7 @@ def told(python: Path, name: str) -> list[dict[str, Any]]:
 
 
 def a_vllm(text: str, python: Path) -> Vllm:
-    return Vllm.parse(text, python, ModelFiles("m", Path("/models/m"), "0"), timeout_s=10.0)
+    return Vllm.parse(text, python, ModelFiles("m", Path("/models/m"), "0"), sequences=7, timeout_s=10.0)
 
 
 async def served(vllm: Vllm, requests: int) -> list[Record]:
@@ -59,13 +61,14 @@ async def served(vllm: Vllm, requests: int) -> list[Record]:
 
 async def test_one_instance(python: Path) -> None:
     vllm = a_vllm("whole", python)
-    assert (vllm.name, vllm.devices) == ("vLLM whole 128", len(os.sched_getaffinity(0)))
+    assert (vllm.name, vllm.devices, vllm.instances) == ("vLLM whole 128", len(os.sched_getaffinity(0)), 1)
     (record,) = await served(vllm, 1)
     assert ([count for _, count in record.arrivals], record.error) == ([1, 1, 1], "")
     (started,) = told(python, stub_vllm.STARTED)
     assert started["environment"]["OMP_NUM_THREADS"] == str(vllm.devices)
     assert started["environment"]["VLLM_CPU_KVCACHE_SPACE"] == "2"
     assert started["options"][started["options"].index("--max-num-batched-tokens") + 1] == "128"
+    assert started["options"][started["options"].index("--max-num-seqs") + 1] == "7"
     assert "--kv-transfer-config" not in started["options"]
     (asked,) = told(python, stub_vllm.ASKED)
     assert (asked["prompt"], asked["max_tokens"], asked["model"]) == ([5, 6], 3, "/models/m")
@@ -75,6 +78,7 @@ async def test_one_instance(python: Path) -> None:
 async def test_instances_take_turns(python: Path) -> None:
     vllm = a_vllm("replicas:64", python)
     count = len(os.sched_getaffinity(0))
+    assert vllm.instances == count
     records = await served(vllm, 2 * count)
     assert [record.error for record in records] == [""] * (2 * count)
     ports = [asked["port"] for asked in told(python, stub_vllm.ASKED)]
@@ -96,6 +100,31 @@ async def test_prefill_and_decode_apart(python: Path) -> None:
     assert (decode["max_tokens"], decode["prompt"]) == (3, prefill["prompt"])
     assert decode["kv_transfer_params"] == {"do_remote_prefill": True, "remote_port": prefill["port"]}
     assert decode["port"] != prefill["port"]
+
+
+async def test_no_engine_outlives_its_server(python: Path) -> None:
+    with a_vllm("whole", python).served():
+        ((server, engine),) = [one["pids"] for one in told(python, stub_vllm.STARTED)]
+        os.kill(server, signal.SIGKILL)
+        await until(lambda: not cores.command(server), "the server has crashed")
+        assert cores.command(engine)
+    await until(lambda: not cores.command(engine), "its engine has ended")
+
+
+def test_what_is_preloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    python, openmp = tmp_path / "bin" / "python", tmp_path / "lib" / "libiomp5.so"
+    monkeypatch.setattr("ctypes.util.find_library", lambda _: None)
+    assert preloaded(python) == {"tcmalloc": None, "libiomp5": None}
+    assert environment(python, 1, 1)["LD_PRELOAD"] == ""
+    assert [line.split()[:5] for line in capsys.readouterr().err.splitlines()] == [
+        ["WARNING:", "vLLM", "runs", "without", name] for name in ("tcmalloc,", "libiomp5,")
+    ]
+    openmp.parent.mkdir()
+    openmp.touch()
+    monkeypatch.setattr("ctypes.util.find_library", {"tcmalloc": "libtcmalloc.so.4"}.get)
+    assert preloaded(python) == {"tcmalloc": "libtcmalloc.so.4", "libiomp5": str(openmp)}
+    assert environment(python, 1, 1)["LD_PRELOAD"] == f"libtcmalloc.so.4:{openmp}"
+    assert capsys.readouterr().err == ""
 
 
 def test_what_does_not_start(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from zipserve.bench.engine import bars, service, table
 from zipserve.bench.engine.bars import Found
 from zipserve.bench.engine.contestants import PATHS
 from zipserve.bench.engine.field import RIVALS, Field
+from zipserve.bench.engine.vllm import preloaded
 from zipserve.bench.engine.work import STORAGES, Work, kv_bytes
 from zipserve.bench.kernels.cases import attention_case
 from zipserve.bench.kernels.data import Heads
@@ -85,6 +86,7 @@ def run(options: argparse.Namespace) -> int:
         device=report.cpu(options.threads),
         as_json=options.json,
         model=files.name,
+        preloaded=preloaded(options.rival_python) if "vllm" in options.rival else {},
         limits=asdict(found.limits),
         logits_differences=found.logits_differences,
         kv_bytes={

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from zipserve.bench import report
 from zipserve.common.errors import InvalidRequestError
 from zipserve.common.models import ModelFiles
 from zipserve.kernels.native import cache_dir
@@ -101,15 +102,25 @@ class Vllm:
         return json.loads(line)
 
 
-def environment(python: Path, threads: int, kv_bytes: int) -> dict[str, str]:
-    """Ours, without what would lead it to our packages, and with what vLLM wants on a CPU."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+def preloaded(python: Path) -> dict[str, str | None]:
+    """Libraries without which vLLM is slower on a CPU, for its environment's interpreter; None: not found."""
     openmp = python.absolute().parent.parent / "lib" / "libiomp5.so"
-    tcmalloc = ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc")
-    preloaded = [*([tcmalloc] if tcmalloc else []), *([str(openmp)] if openmp.exists() else [])]
+    return {
+        "tcmalloc": ctypes.util.find_library("tcmalloc_minimal") or ctypes.util.find_library("tcmalloc"),
+        "libiomp5": str(openmp) if openmp.exists() else None,
+    }
+
+
+def environment(python: Path, threads: int, kv_bytes: int) -> dict[str, str]:
+    """Ours, without what would lead it to our packages, and with what vLLM wants on a CPU. Tells what it lacks."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    libraries = preloaded(python)
+    for name, library in libraries.items():
+        if library is None:
+            report.progress(f"WARNING: vLLM runs without {name}, which is not found, and so slower than it can")
     return {
         **kept,
-        "LD_PRELOAD": ":".join(preloaded),
+        "LD_PRELOAD": ":".join(filter(None, libraries.values())),
         "OMP_NUM_THREADS": str(threads),
         "KMP_BLOCKTIME": "5",  # ms: its threads sleep soon after its turn
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

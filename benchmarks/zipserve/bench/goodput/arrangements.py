@@ -54,11 +54,12 @@ class Arrangement:
         """Cores that it computes on."""
         return (self.prefill + self.decode) * self.threads
 
-    def up(self, model: str, codec: str) -> list[str]:
-        """Arguments of `zipserve up`."""
+    def up(self, model: str, codec: str, sequences: int) -> list[str]:
+        """Arguments of `zipserve up`; `sequences` are most at once of a worker whose settings say nothing else."""
         sizes = {"prefill": self.prefill, "decode": self.decode, "threads": self.threads}
         arguments = [f"--{name}={value}" for name, value in sizes.items()]
-        settings = [f"--set={setting}={value}" for setting, value in self.settings]
+        both = {f"{role}.sequences_max": str(sequences) for role in ("prefill", "decode")}
+        settings = [f"--set={setting}={value}" for setting, value in {**both, **dict(self.settings)}.items()]
         return [*arguments, f"--model={model}", f"--codec={self.codec or codec}", *settings]
 
     def cores(self, available: Sequence[int]) -> dict[str, list[int]]:

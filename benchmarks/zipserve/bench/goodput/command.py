@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from zipserve.bench import report
+from zipserve.bench.engine.vllm import preloaded
 from zipserve.bench.goodput import arrangements, bars, plot, runs, table, workloads
 from zipserve.bench.goodput.contestants import Connect, Contestant, Zipserve
 from zipserve.bench.goodput.runs import Load, Run
-from zipserve.bench.goodput.search import Goodput, Search, goodput
+from zipserve.bench.goodput.search import Goodput, Search, goodput, repeats
 from zipserve.bench.goodput.vllm import Vllm
 from zipserve.bench.serve.records import Objective
 from zipserve.common import models
@@ -43,6 +44,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", default=models.DEFAULT_MODEL, help="folder or Hugging Face id (default: SmolLM2)")
     options.add_argument("--codec", choices=CODECS, default=DEFAULT_CODEC, help=f"of KV (default: {DEFAULT_CODEC})")
     options.add_argument(
+        "--sequences", type=report.whole(1), default=16, metavar="N",
+        help="most at once, of each worker and each instance of vLLM, unless an arrangement says else (default: 16)",
+    )  # fmt: skip
+    options.add_argument(
         "--workload", default="rival", metavar="W",
         help=f"{', '.join(workloads.MIXES)}, or a trace as `bench serve` reads them (default: rival)",
     )  # fmt: skip
@@ -55,7 +60,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--edge", type=report.whole(0), metavar="N", help="before and after these, which do not count (default: 4)"
     )
-    options.add_argument("--warm-up", type=report.whole(0), default=4, metavar="N", help="requests before (default: 4)")
+    options.add_argument(
+        "--warm-up", type=report.whole(0), default=4, metavar="N",
+        help="requests before, at least one for each instance (default: 4)",
+    )  # fmt: skip
     options.add_argument("--seed", type=int, default=1, help="of arrivals, lengths and prompts (default: 1)")
     options.add_argument("--slo-ttft-ms", type=report.above_0, default=4000.0, metavar="MS", help="(default: 4000)")
     options.add_argument("--slo-tpot-ms", type=report.above_0, default=200.0, metavar="MS", help="(default: 200)")
@@ -101,10 +109,10 @@ def run(options: argparse.Namespace) -> int:
     for contestant in _contestants(options, files):
         report.progress(f"{contestant.name} starts")
         with contestant.served() as connect:
-            asyncio.run(runs.warmed_up(connect, load, options.warm_up))
+            asyncio.run(runs.warmed_up(connect, load, max(options.warm_up, contestant.instances)))
             mine = found[contestant.name] = _Found(contestant.devices)
             if rates:
-                mine.runs = [_measure(contestant, connect, load, objective, rate) for rate in rates]
+                mine.runs = [_measure(contestant, connect, load, objective, *each) for each in repeats(rates)]
                 mine.goodput = goodput([run.point(objective) for run in mine.runs], options.attain)
             else:
                 _search(mine, contestant, connect, load, objective, options)
@@ -119,17 +127,21 @@ def _contestants(options: argparse.Namespace, files: ModelFiles) -> list[Contest
     for arrangement in wanted:
         arrangement.cores(range(cores))  # before the first one starts
     found: list[Contestant] = [
-        Zipserve(arrangement, options.model, options.codec, options.timeout) for arrangement in wanted
+        Zipserve(arrangement, options.model, options.codec, options.sequences, options.timeout)
+        for arrangement in wanted
     ]
     if options.rival:
         if options.rival_python is None:
             raise InvalidRequestError("rival vllm needs --rival-python", field="rival-python")
-        found += [Vllm.parse(text, options.rival_python, files, options.timeout) for text in options.rival_arrangements]
+        found += [
+            Vllm.parse(text, options.rival_python, files, options.sequences, options.timeout)
+            for text in options.rival_arrangements
+        ]
     return found
 
 
 def _measure(
-    contestant: Contestant, connect: Connect, load: Load, objective: Objective, rate: float, repeat: int = 0
+    contestant: Contestant, connect: Connect, load: Load, objective: Objective, rate: float, repeat: int
 ) -> Run:
     measured = asyncio.run(runs.run(connect, load, rate, repeat))
     shares = runs.attained(measured.counted, objective)
@@ -168,6 +180,8 @@ def _finish(options: argparse.Namespace, files: ModelFiles, objective: Objective
     told = {
         "model": files.name,
         "codec": options.codec,
+        "sequences": options.sequences,
+        "preloaded": preloaded(options.rival_python) if options.rival else {},
         "workload": options.workload,
         "seed": options.seed,
         "attain": options.attain,

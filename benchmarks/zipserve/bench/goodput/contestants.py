@@ -27,6 +27,10 @@ class Contestant(Protocol):
     def devices(self) -> int:
         """Cores that it computes on."""
 
+    @property
+    def instances(self) -> int:
+        """Processes that take requests in turns; each has had one after as many."""
+
     def served(self) -> AbstractContextManager[Connect]:
         """Runs it while the context is open.
 
@@ -43,6 +47,8 @@ class Zipserve:
     arrangement: Arrangement
     model: str
     codec: str
+    sequences: int
+    """Most at once of a worker, where its arrangement says nothing else."""
     timeout_s: float
     """Of a request."""
 
@@ -56,11 +62,16 @@ class Zipserve:
         """See Contestant."""
         return self.arrangement.devices
 
+    @property
+    def instances(self) -> int:
+        """See Contestant. The router takes those that are idle by turns."""
+        return max(self.arrangement.prefill, self.arrangement.decode)
+
     @contextmanager
     def served(self) -> Iterator[Connect]:
         """See Contestant."""
         cores = self.arrangement.cores(sorted(os.sched_getaffinity(0)))
-        with Stack(self.arrangement.up(self.model, self.codec)) as stack:
+        with Stack(self.arrangement.up(self.model, self.codec, self.sequences)) as stack:
             processes = stack.workers()
             for worker, own in cores.items():
                 pin(processes[worker], own)

@@ -9,7 +9,7 @@ from typing import Any
 
 from zipserve.bench.goodput.contestants import Connect
 from zipserve.bench.goodput.search import Point
-from zipserve.bench.goodput.workloads import Workload
+from zipserve.bench.goodput.workloads import Workload, mean_rate
 from zipserve.bench.serve import arrivals as schedule
 from zipserve.bench.serve.arrivals import Arrival
 from zipserve.bench.serve.drive import drive, warm_up
@@ -32,8 +32,12 @@ class Load:
     def run(self, rate: float, repeat: int = 0) -> tuple[list[Arrival], list[list[int]]]:
         """Arrivals and prompts of a run; its `repeat` at the same rate has others."""
         draw = f"{self.seed}, {repeat}"
-        due = self.workload.arrivals(self.requests + 2 * self.edge, rate, draw)
+        due = self.arrivals(rate, draw)
         return due, self.prompts(due, f"{draw}, {rate:.6g}")
+
+    def arrivals(self, rate: float, seed: str) -> list[Arrival]:
+        """Of one run."""
+        return self.workload.arrivals(self.requests + 2 * self.edge, rate, seed)
 
     def prompts(self, due: Sequence[Arrival], seed: str) -> list[list[int]]:
         """Random ids, which no other seed has."""
@@ -67,18 +71,29 @@ async def warmed_up(connect: Connect, load: Load, count: int) -> None:
     Raises:
         InvalidRequestError: one failed.
     """
-    due = list(itertools.islice(itertools.cycle(load.workload.arrivals(load.requests, 1.0, "warm-up")), count))
+    due = list(itertools.islice(itertools.cycle(load.arrivals(1.0, "warm-up")), count))
     async with connect() as ask:
-        for record in await warm_up(ask, due, load.prompts(due, f"{load.seed}, warm-up")):
-            if record.error:
-                raise InvalidRequestError(f"a request before the start failed: {record.error}")
+        records = await warm_up(ask, due, load.prompts(due, f"{load.seed}, warm-up"))
+    _mark_short(due, records)
+    for record in records:
+        if record.error:
+            raise InvalidRequestError(f"a request before the start failed: {record.error}")
 
 
 async def run(connect: Connect, load: Load, rate: float, repeat: int = 0) -> Run:
     """Sends all requests of a run when they are due, and waits for the last answer."""
     due, prompts = load.run(rate, repeat)
     async with connect() as ask:
-        return Run(rate, repeat, due, await drive(ask, due, prompts), load.edge)
+        records = await drive(ask, due, prompts)
+    _mark_short(due, records)
+    return Run(rate, repeat, due, records, load.edge)
+
+
+def _mark_short(due: Sequence[Arrival], records: Sequence[Record]) -> None:
+    """Answers with fewer tokens than were asked for have failed: they took less time than others."""
+    for arrival, record in zip(due, records, strict=True):
+        if not record.error and record.tokens < arrival.output_tokens:
+            record.error = f"SHORT: {record.tokens} of {arrival.output_tokens} tokens"
 
 
 def attained(records: Sequence[Record], objective: Objective) -> dict[str, float]:
@@ -97,6 +112,7 @@ def figures(run: Run, objective: Objective) -> dict[str, Any]:
     done = [record for record in run.counted if not record.error]
     return {
         "rate": run.rate,
+        "rate_sent": mean_rate([record.sent_s for record in run.records]),
         "repeat": run.repeat,
         "requests": len(run.counted),
         "failed": len(run.counted) - len(done),

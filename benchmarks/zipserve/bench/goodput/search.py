@@ -8,8 +8,11 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+_FACTOR = 1.1
+"""Between neighbours of the grid."""
 _HALVINGS_MAX = 2
 """Below the first rate; runs of low rates are long."""
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,11 @@ class Goodput:
     below: float
     """The lowest measured one at which they do not; infinite: there is none, and the goodput is at least `rate`."""
 
+    @property
+    def most(self) -> float:
+        """What it is at most: `rate`, where `below` is its neighbour on the grid, else `below`."""
+        return self.rate if self.below <= self.rate * _FACTOR * (1 + _ROUNDING) else self.below
+
 
 def fitted(points: Iterable[Point]) -> list[Point]:
     """One point for each rate, in order of rates: runs of a rate together, and neighbours that rise averaged."""
@@ -60,11 +68,16 @@ def goodput(points: Iterable[Point], attain: float) -> Goodput:
     return Goodput(max(enough, default=0.0), min(short, default=math.inf))
 
 
+def repeats(rates: Sequence[float]) -> list[tuple[float, int]]:
+    """Each of the rates, and how many runs it has had before, as `Search.next` tells them."""
+    return [(rate, rates[:index].count(rate)) for index, rate in enumerate(rates)]
+
+
 class Search:
     """Says at which rate to measure next: doubles or halves until the goodput lies between two rates, then halves what
     is between them. A rate next to the goodput whose share could be chance is measured once more."""
 
-    def __init__(self, attain: float, start: float, *, factor: float = 1.1, runs_max: int = 10) -> None:
+    def __init__(self, attain: float, start: float, *, factor: float = _FACTOR, runs_max: int = 10) -> None:
         """
         Args:
             attain: share of requests that must keep their objectives.

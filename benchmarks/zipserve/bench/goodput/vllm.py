@@ -35,11 +35,13 @@ class Vllm:
     """Most tokens of a step."""
     python: Path
     files: ModelFiles
+    sequences: int
+    """Most at once, of an instance."""
     timeout_s: float
     """Of a request."""
 
     @classmethod
-    def parse(cls, text: str, python: Path, files: ModelFiles, timeout_s: float) -> "Vllm":
+    def parse(cls, text: str, python: Path, files: ModelFiles, sequences: int, timeout_s: float) -> "Vllm":
         """From `KIND` or `KIND:CHUNK_TOKENS`.
 
         Raises:
@@ -49,7 +51,7 @@ class Vllm:
         if kind not in _CHUNK_TOKENS or (colon and not chunk.isdecimal()):
             known = ", ".join(_CHUNK_TOKENS)
             raise InvalidRequestError(f"{text!r} is none of {known}, nor NAME:TOKENS", field="rival-arrangements")
-        return cls(kind, int(chunk) if colon else _CHUNK_TOKENS[kind], python, files, timeout_s)
+        return cls(kind, int(chunk) if colon else _CHUNK_TOKENS[kind], python, files, sequences, timeout_s)
 
     @property
     def name(self) -> str:
@@ -61,6 +63,11 @@ class Vllm:
         """See Contestant."""
         return sum(map(len, self._cores()))
 
+    @property
+    def instances(self) -> int:
+        """See Contestant."""
+        return len(self._cores())
+
     @contextmanager
     def served(self) -> Iterator[Connect]:
         """See Contestant."""
@@ -68,7 +75,16 @@ class Vllm:
         with ExitStack() as stack:
             # One after the other: the first compiles for all.
             instances = [
-                stack.enter_context(Instance(self.python, self.files, own, self.chunk_tokens, transfers=apart))
+                stack.enter_context(
+                    Instance(
+                        self.python,
+                        self.files,
+                        own,
+                        chunk_tokens=self.chunk_tokens,
+                        sequences=self.sequences,
+                        transfers=apart,
+                    )
+                )
                 for own in self._cores()
             ]
 

@@ -20,7 +20,6 @@ from zipserve.common.errors import InvalidRequestError
 from zipserve.common.models import ModelFiles
 
 _KV_BYTES = 1 << 30
-_SEQUENCES = 16
 _CONTEXT_TOKENS = 1024
 _BLOCK_TOKENS = 128
 _START_S = 600.0
@@ -34,13 +33,21 @@ class Instance:
     """Runs while the context is open."""
 
     def __init__(
-        self, python: Path, files: ModelFiles, cores: Sequence[int], chunk_tokens: int, *, transfers: bool
+        self,
+        python: Path,
+        files: ModelFiles,
+        cores: Sequence[int],
+        *,
+        chunk_tokens: int,
+        sequences: int,
+        transfers: bool,
     ) -> None:
         """
         Args:
             python: the interpreter of the environment that has vLLM.
             cores: those that it computes on.
             chunk_tokens: most tokens of a step.
+            sequences: most at once.
             transfers: whether it gives KV to others, and fetches it from them.
         """
         port, side_port = _free_port(), _free_port()
@@ -51,7 +58,7 @@ class Instance:
             str(python), "-P", "-m", "vllm.entrypoints.openai.api_server",
             "--model", str(files.folder), "--host", "127.0.0.1", "--port", str(port),
             "--dtype", "float32", "--distributed-executor-backend", "uni", "--enable-prefix-caching",
-            "--block-size", str(_BLOCK_TOKENS), "--max-num-seqs", str(_SEQUENCES),
+            "--block-size", str(_BLOCK_TOKENS), "--max-num-seqs", str(sequences),
             "--max-model-len", str(_CONTEXT_TOKENS), "--max-num-batched-tokens", str(chunk_tokens),
             *(["--kv-transfer-config", _TRANSFER] if transfers else []),
         ]  # fmt: skip
@@ -117,16 +124,14 @@ class Instance:
         return self._log.read()[-_LOG_CHARACTERS:]
 
     def _stop(self) -> None:
-        children = descendants(self._process.pid)
-        self._process.terminate()
         try:
-            self._process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        for child in children:  # which should have ended with it
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_STOP_S)
+        finally:  # its engine too, which outlives it if it has crashed
             with suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 def _free_port() -> int:

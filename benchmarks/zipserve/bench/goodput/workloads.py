@@ -86,7 +86,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class Trace:
-    """Arrivals of a file, played so fast that they come at the wanted rate. The seed changes nothing."""
+    """Arrivals of a file, played so fast that those that are sent come at the wanted rate. The seed changes nothing."""
 
     name: str
     recorded: Sequence[Arrival]
@@ -100,7 +100,7 @@ class Trace:
             OSError: the file cannot be read.
         """
         recorded = schedule.read_trace(path)
-        if len(recorded) < 2 or recorded[-1].at_s <= recorded[0].at_s:
+        if math.isnan(mean_rate([due.at_s for due in recorded])):
             raise InvalidRequestError(f"{path}: {len(recorded)} requests at one time have no rate", field="workload")
         return cls(path.name, recorded)
 
@@ -108,15 +108,22 @@ class Trace:
         """See Workload.
 
         Raises:
-            InvalidRequestError: there are fewer.
+            InvalidRequestError: there are fewer, or these have no rate.
         """
         if count > len(self.recorded):
             raise InvalidRequestError(f"{self.name} has {len(self.recorded)} requests, not {count}", field="requests")
-        first_s, last_s = self.recorded[0].at_s, self.recorded[-1].at_s
-        speed = rate * (last_s - first_s) / (len(self.recorded) - 1)
-        return [
-            Arrival((due.at_s - first_s) / speed, due.prompt_tokens, due.output_tokens) for due in self.recorded[:count]
-        ]
+        sent = self.recorded[:count]
+        recorded_rate = mean_rate([due.at_s for due in sent])
+        if math.isnan(recorded_rate):
+            raise InvalidRequestError(f"{self.name}: its first {count} requests have no rate", field="requests")
+        first_s, speed = sent[0].at_s, rate / recorded_rate
+        return [Arrival((due.at_s - first_s) / speed, due.prompt_tokens, due.output_tokens) for due in sent]
+
+
+def mean_rate(times_s: Sequence[float]) -> float:
+    """Per second, of times in order: one over the mean gap; NaN of fewer than two, or of those all at one time."""
+    seconds = times_s[-1] - times_s[0] if times_s else 0.0
+    return (len(times_s) - 1) / seconds if seconds > 0 else math.nan
 
 
 # All fit into a context of 1,024 tokens. `rival` is the one on which rivals' settings were tuned. The others have mean
