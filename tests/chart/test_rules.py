@@ -216,7 +216,7 @@ def sample(series: str, labels: str, value: float) -> dict[str, Any]:
 def test_replicas_follow_their_signals(tmp_path: Path) -> None:
     one = 'group="default", job='
     series = {
-        f'zipserve_running_requests{{{one}"router", pod="r0"}}': "500x30",
+        f'zipserve_running_requests{{{one}"router", pod="r0"}}': "640x30",
         f'zipserve_queued_requests{{{one}"router", pod="r0"}}': "140x30",
         # two workers that compute half of the time, 800 tokens in a second of theirs, and 4000 tokens that wait
         f'zipserve_queued_tokens{{{one}"prefill", pod="p0"}}': "3000x30",
