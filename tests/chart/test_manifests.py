@@ -191,6 +191,12 @@ def test_rdma_adds_devices_to_whoever_moves_kv() -> None:
     assert not [variable for variable in made.environment(router) if variable.startswith("UCX")]
 
 
+def test_a_public_authority_is_asked_for_public_names_only() -> None:
+    made = rendered("cert-manager")
+    assert made.one("Certificate", "public-tls")["spec"]["dnsNames"] == ["llm.example.com"]
+    assert made.one("Certificate", "tls")["spec"]["dnsNames"] == ["zs-zipserve.ml.zipserve.internal"]
+
+
 def test_notes_say_how_to_ask() -> None:
     assert "zs-zipserve-api-key" in rendered("minimal").notes
     assert "zs-zipserve-decode: 1" in rendered("minimal").notes

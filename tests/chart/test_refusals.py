@@ -67,6 +67,8 @@ REFUSED = [
     ("{tls: {mode: existingSecret, existingSecret: t}}", ["tls.name is empty", "certificates of t"]),
     ("{tls: {existingSecret: t, name: n}}", ["tls.existingSecret is t, and tls.mode is generated"]),
     ("{publicTls: {mode: certManager}}", ["publicTls.mode is certManager, and publicTls.issuer.name is empty"]),
+    ("{publicTls: {mode: generated, clientCa: true}}", ["publicTls.clientCa is true", "router's own key"]),
+    ("{publicTls: {mode: certManager, issuer: {name: i}}}", ["publicTls.names is empty: with mode certManager"]),
     (
         "{decode: {replicas: 9}, transfer: {ports: {first: 20000, last: 20009}}}",
         ["transfer.ports 20000-20009 are 10, must be at least 24: 2 for each of 11 workers and stores"],

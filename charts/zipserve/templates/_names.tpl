@@ -78,6 +78,9 @@ zipserve.io/group: {{ .component.group | default "default" }}
 {{- define "zipserve.certificateNames" -}}
 {{- if eq .name "tls" }}
 {{- list (include "zipserve.tlsName" .root) | toJson }}
+{{- else if eq .root.Values.publicTls.mode "certManager" }}
+{{- /* No public authority signs names that are known within a cluster only. */}}
+{{- toJson .root.Values.publicTls.names }}
 {{- else }}
 {{- $service := printf "%s-router" (include "zipserve.fullname" .root) }}
 {{- $within := list $service (printf "%s.%s" $service .root.Release.Namespace) (printf "%s.%s.svc" $service .root.Release.Namespace) }}
