@@ -95,6 +95,15 @@ def test_a_release_with_a_long_name_is_refused(name: str, monkeypatch: pytest.Mo
         render()
 
 
+def test_a_cluster_with_a_long_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chart.NAMESPACE", "n" * 61)
+    assert render().of("Deployment")
+    monkeypatch.setattr("chart.NAMESPACE", "n" * 62)
+    assert render({"cluster": "mine"}).of("Deployment")
+    with pytest.raises(helm_python.HelmRenderError, match="has 65 characters, must be at most 64: set cluster"):
+        render()
+
+
 def test_what_is_refused_is_near_to_what_is_not() -> None:
     """The limits themselves are allowed."""
     near: list[dict[str, Any]] = [

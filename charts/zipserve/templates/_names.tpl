@@ -2,6 +2,11 @@
 {{ contains "zipserve" .Release.Name | ternary .Release.Name (printf "%s-zipserve" .Release.Name) }}
 {{- end }}
 
+{{/* The cluster's name in Redis. */}}
+{{- define "zipserve.cluster" -}}
+{{ .Values.cluster | default (printf "%s.%s" .Release.Namespace .Release.Name) }}
+{{- end }}
+
 {{/* Labels by which a release finds its own pods. */}}
 {{- define "zipserve.release" -}}
 app.kubernetes.io/name: zipserve
