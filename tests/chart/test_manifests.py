@@ -147,6 +147,7 @@ def test_shared_memory_and_disk_are_counted() -> None:
     (store,) = made.workloads("kvstore")
     volumes = {each["name"]: each for each in store["spec"]["template"]["spec"]["volumes"]}
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+    assert store["spec"]["template"]["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
     (claim,) = store["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["storageClassName"] == "fast"
     environment = made.environment(store)
@@ -169,6 +170,13 @@ def test_groups_have_what_their_service_has_and_their_own_over_it() -> None:
         f"zs-zipserve-{name}"
         for name in ("router", "redis", "prefill-h100", "prefill-l40s", "decode-h100", "decode-l40s")
     }
+
+
+def test_keda_takes_no_worker_away_where_it_knows_nothing() -> None:
+    for each in rendered("keda").of("ScaledObject").values():
+        (trigger,) = each["spec"]["triggers"]
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+        assert each["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
 
 
 def test_a_plan_is_taken_as_it_is() -> None:

@@ -228,7 +228,12 @@ def values() -> Schema:
         "networkPolicy": closed({"enabled": FLAG, "clients": LIST, "metrics": LIST, "extraEgress": LIST}),
         "monitoring": closed(monitoring),
         "autoscaling": closed(
-            {"prometheusUrl": TEXT, "ratio": closed({"min": POSITIVE, "max": POSITIVE}), "scaleDownSeconds": NUMBER}
+            {
+                "prometheusUrl": TEXT,
+                "ratio": closed({"min": POSITIVE, "max": POSITIVE}),
+                # as long as Kubernetes takes a policy's periodSeconds to be
+                "scaleDownSeconds": {**NUMBER, "maximum": 1800},
+            }
         ),
         "test": closed({"image": IMAGE, "timeoutSeconds": {"type": "integer", "minimum": 60}}),
     }
