@@ -26,6 +26,7 @@ REFUSED = [
     ("{decode: {pdb: {minAvailable: 1}}}", ["/decode/pdb", "got 2, want 1"]),
     ("{monitoring: {slo: {firstTokenSeconds: 0.3}}}", ["/monitoring/slo/firstTokenSeconds", "0.25"]),
     ("{transfer: {ports: {first: 80}}}", ["/transfer/ports/first", "got 80, want 1,024"]),
+    ("{monitoring: {rules: {runbooks: docs/runbooks}}}", ["/monitoring/rules/runbooks"]),
     ("{autoscaling: {scaleDownSeconds: 1801}}", ["/autoscaling/scaleDownSeconds", "got 1,801, want 1,800"]),
     ("{kvstore: {disk: {size: 10 gigs}}}", ["/kvstore/disk/size"]),
     # what does not go together

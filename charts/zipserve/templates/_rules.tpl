@@ -12,7 +12,9 @@
 {{- $groups := fromYamlArray $text }}
 {{- range $groups }}
   {{- range .rules }}
-    {{- if .alert }}{{ $_ := set .annotations "runbook_url" (printf "%s/%s.md" $.Values.monitoring.rules.runbooks .alert) }}{{ end }}
+    {{- if and .alert $.Values.monitoring.rules.runbooks }}
+      {{- $_ := set .annotations "runbook_url" (printf "%s/%s.md" (trimSuffix "/" $.Values.monitoring.rules.runbooks) .alert) }}
+    {{- end }}
   {{- end }}
 {{- end }}
 {{- with include "zipserve.scalingRules" . | fromYamlArray }}
