@@ -147,6 +147,7 @@ def test_shared_memory_and_disk_are_counted() -> None:
     (store,) = made.workloads("kvstore")
     volumes = {each["name"]: each for each in store["spec"]["template"]["spec"]["volumes"]}
     assert volumes["shm"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Mi"}
+    assert store["spec"]["template"]["spec"]["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
     (claim,) = store["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["storageClassName"] == "fast"
     environment = made.environment(store)
@@ -171,6 +172,13 @@ def test_groups_have_what_their_service_has_and_their_own_over_it() -> None:
     }
 
 
+def test_keda_takes_no_worker_away_where_it_knows_nothing() -> None:
+    for each in rendered("keda").of("ScaledObject").values():
+        (trigger,) = each["spec"]["triggers"]
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+        assert each["spec"]["fallback"]["behavior"] == "currentReplicasIfHigher"
+
+
 def test_a_plan_is_taken_as_it_is() -> None:
     made = rendered("planner")
     prefill, decode = made.one("Deployment", "prefill-planned"), made.one("Deployment", "decode-planned")
@@ -189,6 +197,12 @@ def test_rdma_adds_devices_to_whoever_moves_kv() -> None:
         assert (environment["UCX_TLS"], environment["UCX_NET_DEVICES"]) == ("rc,cuda_copy,cuda_ipc", "mlx5_0:1")
     (router,) = made.workloads("router")
     assert not [variable for variable in made.environment(router) if variable.startswith("UCX")]
+
+
+def test_a_public_authority_is_asked_for_public_names_only() -> None:
+    made = rendered("cert-manager")
+    assert made.one("Certificate", "public-tls")["spec"]["dnsNames"] == ["llm.example.com"]
+    assert made.one("Certificate", "tls")["spec"]["dnsNames"] == ["zs-zipserve.ml.zipserve.internal"]
 
 
 def test_notes_say_how_to_ask() -> None:

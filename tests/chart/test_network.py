@@ -96,10 +96,32 @@ def test_clients_and_prometheus_may_be_named() -> None:
         assert not network.reaches(OUTSIDE, pod(service), 9400, "apps")
 
 
+def egress_ports(values: Mapping[str, Any]) -> list[int]:
+    egress = render(values).one("NetworkPolicy", "egress")["spec"]["egress"]
+    return [port["port"] for rule in egress for port in rule.get("ports", [])]
+
+
+@pytest.mark.parametrize(
+    ("url", "port"),
+    [
+        ("http://collector:4317", 4317),
+        ("http://collector/v1", 80),
+        ("https://collector", 443),
+        ("http://10.0.0.1", 80),
+        ("http://[fd00::1]", 80),
+        ("http://[fd00::1]:4317", 4317),
+    ],
+)
+def test_pods_reach_every_collector(url: str, port: int) -> None:
+    local = {"model": {"name": "/models/a", "volume": {"emptyDir": {}}}}
+    assert egress_ports({**local, "settings": {"otlp_endpoint": url}}) == [53, 53, port]
+    own = {"router": {"settings": {"otlp_endpoint": url}}, "decode": {"settings": {"otlp_endpoint": "http://b:1"}}}
+    assert egress_ports({**local, **own}) == [53, 53, port, 1]
+
+
 def test_pods_reach_out_for_what_they_need_only() -> None:
     def ports(name: str) -> list[int]:
-        egress = render(example(name)).one("NetworkPolicy", "egress")["spec"]["egress"]
-        return [port["port"] for rule in egress for port in rule.get("ports", [])]
+        return egress_ports(example(name))
 
     assert ports("minimal") == [53, 53, 443]  # DNS, and the model
     assert ports("cpu") == [53, 53, 4317]  # the collector; the model is on a volume

@@ -26,6 +26,8 @@ REFUSED = [
     ("{decode: {pdb: {minAvailable: 1}}}", ["/decode/pdb", "got 2, want 1"]),
     ("{monitoring: {slo: {firstTokenSeconds: 0.3}}}", ["/monitoring/slo/firstTokenSeconds", "0.25"]),
     ("{transfer: {ports: {first: 80}}}", ["/transfer/ports/first", "got 80, want 1,024"]),
+    ("{monitoring: {rules: {runbooks: docs/runbooks}}}", ["/monitoring/rules/runbooks"]),
+    ("{autoscaling: {scaleDownSeconds: 1801}}", ["/autoscaling/scaleDownSeconds", "got 1,801, want 1,800"]),
     ("{kvstore: {disk: {size: 10 gigs}}}", ["/kvstore/disk/size"]),
     # what does not go together
     (
@@ -67,6 +69,8 @@ REFUSED = [
     ("{tls: {mode: existingSecret, existingSecret: t}}", ["tls.name is empty", "certificates of t"]),
     ("{tls: {existingSecret: t, name: n}}", ["tls.existingSecret is t, and tls.mode is generated"]),
     ("{publicTls: {mode: certManager}}", ["publicTls.mode is certManager, and publicTls.issuer.name is empty"]),
+    ("{publicTls: {mode: generated, clientCa: true}}", ["publicTls.clientCa is true", "router's own key"]),
+    ("{publicTls: {mode: certManager, issuer: {name: i}}}", ["publicTls.names is empty: with mode certManager"]),
     (
         "{decode: {replicas: 9}, transfer: {ports: {first: 20000, last: 20009}}}",
         ["transfer.ports 20000-20009 are 10, must be at least 24: 2 for each of 11 workers and stores"],
@@ -90,6 +94,15 @@ def test_a_release_with_a_long_name_is_refused(name: str, monkeypatch: pytest.Mo
     assert render().of("Deployment")
     monkeypatch.setattr("chart.RELEASE", name + "x")
     with pytest.raises(helm_python.HelmRenderError, match="has 33 characters: names of pods leave room for 32"):
+        render()
+
+
+def test_a_cluster_with_a_long_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chart.NAMESPACE", "n" * 61)
+    assert render().of("Deployment")
+    monkeypatch.setattr("chart.NAMESPACE", "n" * 62)
+    assert render({"cluster": "mine"}).of("Deployment")
+    with pytest.raises(helm_python.HelmRenderError, match="has 65 characters, must be at most 64: set cluster"):
         render()
 
 

@@ -26,7 +26,7 @@ from zipserve.v1.worker_service_pb2 import Capabilities, Load, WorkerRole
 
 @pytest.fixture(scope="module")
 def made() -> Rendered:
-    return render(example("closed"))
+    return render({"publicTls": {"mode": "generated", "names": ["llm.example.com"]}})
 
 
 def test_the_router_knows_the_key(made: Rendered) -> None:
@@ -103,18 +103,22 @@ async def _serves(url: str) -> None:
         await until(lambda: set(seen) >= {first, second}, "blocks are known")
 
 
-@pytest.mark.parametrize("name", ["minimal", "closed", "open"])
+@pytest.mark.parametrize("name", ["minimal", "closed", "cert-manager", "open"])
 def test_the_test_pod_asks_as_the_command_line_takes_it(name: str) -> None:
     made = render(example(name))
     pod = made.one("Pod", "test")["spec"]
-    options = parser.build().parse_args(pod["containers"][0]["args"])
+    (container,) = pod["containers"]
+    options = parser.build().parse_args(container["args"])
     assert (options.command, options.address, options.max_tokens) == ("generate", "zs-zipserve-router:7000", 8)
     assert options.timeout < pod["activeDeadlineSeconds"]
-    mounts = [mount["mountPath"] for mount in pod["containers"][0]["volumeMounts"]]
-    files = [options.api_key_file, options.tls_roots, options.tls_certificate, options.tls_key]
+    mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
+    roots = {each["name"]: each["value"] for each in container.get("env", [])}.get("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH")
+    files = [options.api_key_file, roots, options.tls_certificate, options.tls_key]
     assert [path for path in files if path and str(Path(path).parent) not in mounts] == []
-    assert [bool(path) for path in files] == {
-        "minimal": [True, False, False, False],
-        "closed": [True, True, True, True],
-        "open": [False, False, False, False],
+    assert options.tls == bool(roots)
+    assert [options.tls_name, *(bool(path) for path in files)] == {
+        "minimal": ["", True, False, False, False],
+        "closed": ["llm.example.com", True, True, True, True],
+        "cert-manager": ["llm.example.com", True, True, False, False],
+        "open": ["", False, False, False, False],
     }[name]

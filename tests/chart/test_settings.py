@@ -46,7 +46,7 @@ def test_every_setting_is_reached_by_a_value_or_made_by_the_chart(
     assert set(given) | set(OWN) >= set(cls.model_fields)
     layout = {field: given[field] for field in ("block_tokens", "dtype") if field in given}
     workers = {worker: {"settings": layout} for worker in ("prefill", "decode")}
-    public = {"publicTls": {"mode": "generated", "clientCa": True}}
+    public = {"publicTls": {"mode": "existingSecret", "existingSecret": "s", "clientCa": True}}
     made = render(merged(public, workers, {service: {"settings": given}}))
     (workload,) = made.workloads(service)
     environment = made.environment(workload)

@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+import trustme
 
 from chart import Manifest, Rendered, render
 from chart_queries import expressions
@@ -20,7 +21,7 @@ from polling import until
 SERVICES = ("prefill", "decode", "kvstore", "router")
 VALUES = {
     "model": {"name": "/models/tiny", "volume": {"emptyDir": {}}},
-    "publicTls": {"mode": "generated", "names": ["localhost"], "clientCa": True},
+    "publicTls": {"mode": "existingSecret", "existingSecret": "ours", "names": ["llm.example.com"], "clientCa": True},
     "prefill": {"settings": {"kv_blocks": 16, "kv_tails": 8, "threads": 1}},
     "decode": {"settings": {"kv_blocks": 16, "kv_tails": 8, "threads": 1}},
     "kvstore": {"settings": {"memory_bytes": 1 << 20, "sinks_min": 1}, "disk": {"size": "16Mi"}},
@@ -45,8 +46,9 @@ class Node:
         mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
         for name in secrets.values():
             (self._folder / name).mkdir(exist_ok=True)
-            for file, text in secret(self._made, name).items():
-                (self._folder / name / file).write_text(text)
+            if name.startswith("zs-"):
+                for file, text in secret(self._made, name).items():
+                    (self._folder / name / file).write_text(text)
         return {mounts[volume]: str(self._folder / name) for volume, name in secrets.items()}
 
     @asynccontextmanager
@@ -75,22 +77,22 @@ class Node:
     async def test(self, address: str) -> tuple[int, str]:
         """Runs the pod of `helm test` against the router; returns its exit status and what it said."""
         pod = self._made.one("Pod", "test")["spec"]
-        router = address.replace("127.0.0.1", "localhost")
-        arguments = [
-            self.here(each.replace("zs-zipserve-router:7000", router), pod) for each in pod["containers"][0]["args"]
-        ]
+        (container,) = pod["containers"]
+        arguments = [self.here(each.replace("zs-zipserve-router:7000", address), pod) for each in container["args"]]
+        told = {each["name"]: self.here(each["value"], pod) for each in container["env"]}
         pipe = asyncio.subprocess.PIPE
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "zipserve.cli", *arguments, stdout=pipe, stderr=pipe
+            sys.executable, "-P", "-m", "zipserve.cli", *arguments, stdout=pipe, stderr=pipe, env={**os.environ, **told}
         )
-        _, told = await asyncio.wait_for(process.communicate(), 60.0)
-        return process.returncode or 0, told.decode()
+        _, said = await asyncio.wait_for(process.communicate(), 60.0)
+        return process.returncode or 0, said.decode()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 async def test_what_the_chart_renders_answers(tmp_path: Path, tiny_model: Path) -> None:
     made = render(VALUES)
+    write_certificate(tmp_path / "ours", "llm.example.com")
     async with AsyncExitStack() as stack:
         redis = await stack.enter_async_context(bundled_redis(made, tmp_path))
         password = secret(made, "redis")["password"]
@@ -112,6 +114,16 @@ async def test_what_the_chart_renders_answers(tmp_path: Path, tiny_model: Path) 
     asked = {name for query in expressions() for name in re.findall(r"\bzipserve_\w+", query)}
     assert len(asked) > 20
     assert {re.sub("_(bucket|sum|count)$", "", name) for name in asked} <= set.union(*families)
+
+
+def write_certificate(folder: Path, name: str) -> None:
+    """The secret of the example's publicTls: its certificate is the router's and the tester's."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert(name)
+    folder.mkdir()
+    authority.cert_pem.write_to_path(folder / "ca.crt")
+    certificate.private_key_pem.write_to_path(folder / "tls.key")
+    certificate.cert_chain_pems[0].write_to_path(folder / "tls.crt")
 
 
 def scraped(port: int) -> set[str]:

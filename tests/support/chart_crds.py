@@ -67,13 +67,18 @@ SCALED_OBJECT = exactly(
                 {
                     "type": {"const": "prometheus"},
                     "metricType": {"enum": ["AverageValue", "Value"]},
-                    "metadata": exactly({"serverAddress": TEXT, "query": TEXT, "threshold": TEXT}),
+                    "metadata": exactly(
+                        {"serverAddress": TEXT, "query": TEXT, "threshold": TEXT, "ignoreNullValues": TEXT}
+                    ),
                 }
             )
         ),
     },
     {
-        "fallback": exactly({"failureThreshold": NUMBER, "replicas": NUMBER}),
+        "fallback": exactly(
+            {"failureThreshold": NUMBER, "replicas": NUMBER},
+            {"behavior": {"enum": ["static", "currentReplicas", "currentReplicasIfHigher", "currentReplicasIfLower"]}},
+        ),
         "advanced": exactly(
             {
                 "horizontalPodAutoscalerConfig": exactly(

@@ -63,6 +63,7 @@ PORT: Schema = {"type": "integer", "minimum": 1, "maximum": 65535}
 ANYTHING: Schema = {"type": "object"}
 LIST: Schema = {"type": "array", "items": ANYTHING}
 LABELS: Schema = {"type": "object", "additionalProperties": TEXT}
+URL: Schema = {"type": "string", "pattern": "^(https?://\\S+)?$"}
 DURATION: Schema = {"type": "string", "pattern": "^[0-9]+(ms|s|m|h)$"}
 GROUP_NAME = "^[a-z0-9]([-a-z0-9]{0,14}[a-z0-9])?$"
 
@@ -175,7 +176,7 @@ def values() -> Schema:
     """The whole schema."""
     monitoring = {
         "podMonitor": closed({"enabled": FLAG, "labels": LABELS, "interval": DURATION}),
-        "rules": closed({"enabled": FLAG, "labels": LABELS, "runbooks": TEXT}),
+        "rules": closed({"enabled": FLAG, "labels": LABELS, "runbooks": URL}),
         "dashboards": closed({"enabled": FLAG, "labels": LABELS}),
         "slo": closed(
             {
@@ -228,7 +229,12 @@ def values() -> Schema:
         "networkPolicy": closed({"enabled": FLAG, "clients": LIST, "metrics": LIST, "extraEgress": LIST}),
         "monitoring": closed(monitoring),
         "autoscaling": closed(
-            {"prometheusUrl": TEXT, "ratio": closed({"min": POSITIVE, "max": POSITIVE}), "scaleDownSeconds": NUMBER}
+            {
+                "prometheusUrl": TEXT,
+                "ratio": closed({"min": POSITIVE, "max": POSITIVE}),
+                # as long as Kubernetes takes a policy's periodSeconds to be
+                "scaleDownSeconds": {**NUMBER, "maximum": 1800},
+            }
         ),
         "test": closed({"image": IMAGE, "timeoutSeconds": {"type": "integer", "minimum": 60}}),
     }

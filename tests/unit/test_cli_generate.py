@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -164,6 +166,25 @@ def test_a_key_and_tls(fake: FakeInference, tmp_path: Path, capsys: pytest.Captu
     assert fake.metadata[0]["authorization"] == "Bearer zs-secret"
     with pytest.raises(SystemExit, match="No such file"):
         main(["generate", "x", "--tls-roots", str(tmp_path / "none.pem")])
+
+
+@pytest.mark.parametrize(("roots", "status"), [("ca.pem", 0), ("none.pem", 1)])
+def test_tls_by_another_name(fake: FakeInference, tmp_path: Path, roots: str, status: int) -> None:
+    """With roots where gRPC looks for them, in a process of its own: it looks once. Without them it takes its own."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("llm.example.com")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    pair = (certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes())
+    environment = {**os.environ, "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH": str(tmp_path / roots)}
+    with serving(fake, grpc.ssl_server_credentials([pair])) as address:
+        command = [sys.executable, "-P", "-m", "zipserve.cli", "generate", "x", "--address", address]
+        named = subprocess.run(
+            [*command, "--tls-name", "llm.example.com"], check=False, capture_output=True, text=True, env=environment
+        )
+        assert named.returncode == status, named.stderr
+        assert status == 0 or "CERTIFICATE_VERIFY_FAILED" in named.stderr
+        unnamed = subprocess.run([*command, "--tls"], check=False, capture_output=True, text=True, env=environment)
+    assert unnamed.returncode == 1
 
 
 def test_generate_reads_stdin(fake: FakeInference, address: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,18 @@ def test_a_service_tells_nothing_that_it_does_not_know(service: str) -> None:
     assert ("zipserve_parkings" in names) == (service == "decode")
 
 
+def test_errors_that_alerts_go_by_are_told_before_the_first() -> None:
+    def told(service: str, name: str, reason: str) -> float | None:
+        return Metrics(service).registry.get_sample_value(f"zipserve_{name}_total", {"reason": reason})
+
+    for service in ("prefill", "decode", "kvstore"):
+        for reason in ("BLOCK_CORRUPT", "BLOCK_SWAPPED", "HANDLE_FORGED", "TRANSFER_FAILED"):
+            assert told(service, "kv_handoff_failures", reason) == 0
+    assert told("router", "replays", "WORKER_LOST") == told("router", "replays", "LEASE_EXPIRED") == 0
+    assert told("decode", "kv_handoff_failures", "INVALID_REQUEST") is None
+    assert told("router", "replays", "INVALID_REQUEST") is None
+
+
 def test_names_follow_the_conventions_of_prometheus() -> None:
     for metric in Metrics().described:
         words = metric.name.removesuffix("_total").split("_")

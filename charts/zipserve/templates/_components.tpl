@@ -37,7 +37,7 @@ A group's values go over those of its service, and a service's settings over tho
 {{- /* The router is there for everybody, a port-forward to the pod's loopback included. */}}
 {{- $host := eq .component.service "router" | ternary (.root.Values.ipv6 | ternary "[::]" "0.0.0.0") $pod }}
 {{- $own := dict
-  "cluster" (.root.Values.cluster | default (printf "%s.%s" .root.Release.Namespace .root.Release.Name))
+  "cluster" (include "zipserve.cluster" .root)
   "worker_id" "$(POD_NAME)"
   "redis_url" (include "zipserve.redisUrl" .root)
   "listen" (printf "%s:7000" $host)
@@ -191,4 +191,18 @@ scaleUp:
 scaleDown:
   stabilizationWindowSeconds: {{ . }}
   policies: [{type: Pods, value: 1, periodSeconds: {{ . }}}]
+{{- end }}
+
+{{/* Ports of the collectors of traces that services are told of, as a JSON list. */}}
+{{- define "zipserve.collectorPorts" -}}
+{{- $ports := list }}
+{{- range include "zipserve.components" . | fromJsonArray }}
+  {{- with dig "otlp_endpoint" "" .settings | urlParse }}
+    {{- if .host }}
+      {{- $port := regexFind ":[0-9]+$" .host | trimPrefix ":" | default (eq .scheme "http" | ternary "80" "443") }}
+      {{- $ports = append $ports (int $port) }}
+    {{- end }}
+  {{- end }}
+{{- end }}
+{{- $ports | uniq | toJson }}
 {{- end }}

@@ -2,6 +2,11 @@
 {{ contains "zipserve" .Release.Name | ternary .Release.Name (printf "%s-zipserve" .Release.Name) }}
 {{- end }}
 
+{{/* The cluster's name in Redis. */}}
+{{- define "zipserve.cluster" -}}
+{{ .Values.cluster | default (printf "%s.%s" .Release.Namespace .Release.Name) }}
+{{- end }}
+
 {{/* Labels by which a release finds its own pods. */}}
 {{- define "zipserve.release" -}}
 app.kubernetes.io/name: zipserve
@@ -78,6 +83,9 @@ zipserve.io/group: {{ .component.group | default "default" }}
 {{- define "zipserve.certificateNames" -}}
 {{- if eq .name "tls" }}
 {{- list (include "zipserve.tlsName" .root) | toJson }}
+{{- else if eq .root.Values.publicTls.mode "certManager" }}
+{{- /* No public authority signs names that are known within a cluster only. */}}
+{{- toJson .root.Values.publicTls.names }}
 {{- else }}
 {{- $service := printf "%s-router" (include "zipserve.fullname" .root) }}
 {{- $within := list $service (printf "%s.%s" $service .root.Release.Namespace) (printf "%s.%s.svc" $service .root.Release.Namespace) }}

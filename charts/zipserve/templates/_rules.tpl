@@ -12,7 +12,9 @@
 {{- $groups := fromYamlArray $text }}
 {{- range $groups }}
   {{- range .rules }}
-    {{- if .alert }}{{ $_ := set .annotations "runbook_url" (printf "%s/%s.md" $.Values.monitoring.rules.runbooks .alert) }}{{ end }}
+    {{- if and .alert $.Values.monitoring.rules.runbooks }}
+      {{- $_ := set .annotations "runbook_url" (printf "%s/%s.md" (trimSuffix "/" $.Values.monitoring.rules.runbooks) .alert) }}
+    {{- end }}
   {{- end }}
 {{- end }}
 {{- with include "zipserve.scalingRules" . | fromYamlArray }}
@@ -45,7 +47,8 @@ of all groups together keep to autoscaling.ratio. What HPA and KEDA are told is 
 {{- $signals := dict }}
 {{- with .autoscaling.targets }}
 {{- if eq $component.service "router" }}
-  {{- $_ := set $signals "requests" (printf "sum by (namespace, release) (zipserve_running_requests{%s} + zipserve_queued_requests{%s}) / %v" $of $of .requests) }}
+  {{- /* On a router those that wait are among those that run. */}}
+  {{- $_ := set $signals "requests" (printf "sum by (namespace, release) (zipserve_running_requests{%s}) / %v" $of .requests) }}
 {{- else if eq $component.service "prefill" }}
   {{- $steps := printf "sum by (namespace, release) (rate(zipserve_step_seconds_sum{%s}[%%s]))" $of }}
   {{- $computed := printf "(sum by (namespace, release) (rate(zipserve_prompt_tokens_total{%s}[10m])) - sum by (namespace, release) (rate(zipserve_cached_prompt_tokens_total{%s}[10m])))" $of $of }}

@@ -57,7 +57,7 @@ def connect(options: argparse.Namespace) -> Client:
     files = (options.tls_roots, options.tls_certificate, options.tls_key)
     try:
         key = Path(options.api_key_file).read_text().strip() if options.api_key_file else ""
-        tls = Tls.read(*files) if options.tls or any(files) else None
+        tls = Tls.read(*files, options.tls_name) if options.tls or options.tls_name or any(files) else None
     except OSError as error:
         raise SystemExit(f"zipserve: {error}") from error
     return Client(options.address, api_key=key, tls=tls)

@@ -116,7 +116,10 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 def _add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default=DEFAULT_ADDRESS, help=f"host:port of the router ({DEFAULT_ADDRESS})")
     parser.add_argument("--api-key-file", metavar="FILE", help="file with the key for the router, where it wants one")
-    parser.add_argument("--tls", action="store_true", help="the router speaks TLS, as with any of the next three")
+    parser.add_argument("--tls", action="store_true", help="the router speaks TLS, as with any of the next four")
+    parser.add_argument(
+        "--tls-name", default="", metavar="NAME", help="in its certificate (default: the address's host)"
+    )
     parser.add_argument("--tls-roots", metavar="PEM", help="authorities to check its certificate against")
     parser.add_argument("--tls-certificate", metavar="PEM", help="an own certificate, where the router wants one")
     parser.add_argument("--tls-key", metavar="PEM", help="its key")

@@ -24,17 +24,24 @@ class Tls:
     certificate: bytes | None = None
     """The client's own, where the server asks for one; with the key."""
     key: bytes | None = None
+    name: str = ""
+    """In the server's certificate. Empty: the address's host."""
 
     @classmethod
     def read(
-        cls, roots: Path | str | None = None, certificate: Path | str | None = None, key: Path | str | None = None
+        cls,
+        roots: Path | str | None = None,
+        certificate: Path | str | None = None,
+        key: Path | str | None = None,
+        name: str = "",
     ) -> "Tls":
         """Reads the files.
 
         Raises:
             OSError: one cannot be read.
         """
-        return cls(*(None if path is None else Path(path).read_bytes() for path in (roots, certificate, key)))
+        pems = [None if path is None else Path(path).read_bytes() for path in (roots, certificate, key)]
+        return cls(pems[0], pems[1], pems[2], name)
 
     def credentials(self) -> grpc.ChannelCredentials:
         """As gRPC takes them."""
@@ -55,9 +62,9 @@ class Connection:
     message_bytes_max: int = 4 << 20
     """Largest message, in bytes."""
 
-    def options(self) -> list[tuple[str, int]]:
+    def options(self) -> list[tuple[str, int | str]]:
         """Of the channel."""
-        return [
+        options: list[tuple[str, int | str]] = [
             ("grpc.max_receive_message_length", self.message_bytes_max),
             ("grpc.max_send_message_length", self.message_bytes_max),
             ("grpc.keepalive_time_ms", 20_000),
@@ -66,6 +73,9 @@ class Connection:
             # http_proxy is not meant for this machine itself, whether no_proxy says so or not.
             ("grpc.enable_http_proxy", int(not self.address.startswith(_LOCAL_HOSTS))),
         ]
+        if self.tls and self.tls.name:
+            options.append(("grpc.ssl_target_name_override", self.tls.name))
+        return options
 
     def metadata(self, request_id: str = "") -> tuple[tuple[str, str], ...]:
         """Of a call."""

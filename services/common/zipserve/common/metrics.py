@@ -12,6 +12,7 @@ from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
 from prometheus_client.metrics import MetricWrapperBase
 
+from zipserve.common.errors import BY_REASON, HandoffError, ZipserveError
 from zipserve.common.quick_histogram import QuickHistogram
 from zipserve.common.steps import StepLog
 
@@ -120,6 +121,7 @@ class Metrics:
         self.replays = self._counter(
             "replays", "Attempts that failed and were replayed, by reason", _ROUTER, ["reason"]
         )
+        _start(self.replays, (error for error in BY_REASON.values() if error.replayable))
         self.caller_tokens = self._counter(
             "caller_tokens", "Tokens by caller (name of its key, or empty) and kind: prompt, cached or generated",
             _ROUTER, ["caller", "kind"],
@@ -176,6 +178,7 @@ class Metrics:
             "kv_handoff_failures", "KV that was refused, by the error's reason: BLOCK_CORRUPT is a wrong checksum, "
             "TRANSFER_FAILED a lost peer", _HOLDING, ["reason"],
         )  # fmt: skip
+        _start(self.handoff_failures, (error for error in BY_REASON.values() if issubclass(error, HandoffError)))
         self.transfer_bytes = self._counter(
             "kv_transfer_bytes", "Bytes read over NIXL, by the role of the peer that they came from", _HOLDING,
             ["source"],
@@ -230,6 +233,12 @@ class Metrics:
             return None
         self.described.append(Described(name, kind, tuple(labels), meaning, tuple(services)))
         return self.registry
+
+
+def _start(counter: Counter, errors: Iterable[type[ZipserveError]]) -> None:
+    """Tells a counter by reason as 0 from the start: Prometheus sees no increase in a series that begins at 1."""
+    for error in errors:
+        counter.labels(error.reason)
 
 
 def _with_health(metrics: WSGIApplication, is_ready: Callable[[], bool], lives: Callable[[], bool]) -> WSGIApplication:
