@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from zipserve.planner.goal import Slo
 from zipserve.planner.latency import Profile, parse_profile
 from zipserve.planner.native.profile import load
 from zipserve.planner.placement import command as placement
+from zipserve.planner.placement import fleet
 from zipserve.planner.plan import SEARCHES, Question, make_plan
 from zipserve.planner.space import Devices
 from zipserve.planner.trace import ARRIVALS, LENGTHS, draw, read_trace
@@ -155,15 +155,12 @@ def parse_devices(text: str, profile: Profile) -> Devices:
     Raises:
         InvalidRequestError: it has another form, the profile is of other devices, or there are none.
     """
-    name, _, count = text.rpartition(":")
-    found = re.fullmatch(r"(?:(\d{1,6})[x×])?(\d{1,6})", count)
-    if not name or found is None:
-        raise InvalidRequestError(f"devices {text!r} are not of the form NAME:[NODES×]COUNT", field="devices")
+    name, nodes, per_node = fleet.parse_devices(text)
     if name != profile.device:
         raise InvalidRequestError(
             f"no step times for device {name!r}; the profile is of {profile.device}", field="devices"
         )
-    return Devices(int(found[1] or 1), int(found[2]))
+    return Devices(nodes, per_node)
 
 
 def _workload(options: argparse.Namespace) -> Workload:

@@ -82,12 +82,12 @@ class WorkerServicer(worker_service_pb2_grpc.WorkerServiceServicer):
     async def ListSteps(
         self, request: worker_service_pb2.ListStepsRequest, context: Context
     ) -> worker_service_pb2.ListStepsResponse:
-        log = self._service.metrics.steps
-        if request.after > log.last:
+        known = self._service.metrics.steps
+        if request.after > known.last:
             raise InvalidRequestError(
-                f"after is {request.after}, the last step is {log.last}: has the worker started anew?", field="after"
+                f"after is {request.after}, the last step is {known.last}: has the worker started anew?", field="after"
             )
-        steps, last, lost = log.after(request.after, min(request.max or _STEPS_MAX, _STEPS_MAX))
+        steps, last, lost = known.after(request.after, min(request.max or _STEPS_MAX, _STEPS_MAX))
         facts = self._service.capabilities()
         return worker_service_pb2.ListStepsResponse(
             steps=map(_told, steps), next=last, lost=lost, incarnation=facts.incarnation if facts else 0
@@ -109,9 +109,11 @@ async def serve(
     settings: ServiceSettings,
     shutdown: asyncio.Event,
     on_ready: Callable[[str], None] | None = None,
+    on_started: Callable[[], None] | None = None,
 ) -> None:
     """Serves until `shutdown` is set, then drains for at most `settings.drain_s`.
 
+    `on_started` is called when the service has started, before anybody is served.
     `on_ready` is called with the advertised address as soon as requests are accepted.
 
     Raises:
@@ -133,6 +135,8 @@ async def serve(
     address = settings.advertised(port)
     try:
         await service.start(address)
+        if on_started is not None:
+            on_started()
         names = service.add_to(server)
         facts = service.capabilities()
         if facts is not None and facts.role != worker_service_pb2.WorkerRole.WORKER_ROLE_ROUTER:  # its face is public
@@ -241,7 +245,7 @@ def run(service_name: str, service: Service, settings: ServiceSettings) -> None:
     async def main() -> None:
         shutdown = asyncio.Event()
         stop_on_signals(shutdown)
-        await serve(service, settings, shutdown, lambda _: _settle())
+        await serve(service, settings, shutdown, on_started=_settle)
 
     with telemetry.exporting(service_name, settings):
         asyncio.run(main())

@@ -19,21 +19,19 @@ def append(stations: Ints, requests: Ints, station: int, request: int) -> None:
 def insert(stations: Ints, requests: Ints, station: int, request: int, after: int) -> None:
     """Puts a request before another one of the list, or at the end."""
     before = stations[station, c.TAIL] if after == c.NONE else requests[after, c.BEFORE]
-    requests[request, c.BEFORE], requests[request, c.AFTER] = before, after
-    if before == c.NONE:
-        stations[station, c.HEAD] = request
-    else:
-        requests[before, c.AFTER] = request
-    if after == c.NONE:
-        stations[station, c.TAIL] = request
-    else:
-        requests[after, c.BEFORE] = request
+    _join(stations, requests, station, before, request)
+    _join(stations, requests, station, request, after)
 
 
 @compiled
 def remove(stations: Ints, requests: Ints, station: int, request: int) -> None:
     """Takes a request out."""
-    before, after = requests[request, c.BEFORE], requests[request, c.AFTER]
+    _join(stations, requests, station, requests[request, c.BEFORE], requests[request, c.AFTER])
+
+
+@compiled
+def _join(stations: Ints, requests: Ints, station: int, before: int, after: int) -> None:
+    """Makes two requests neighbours; NONE is the list's end on that side."""
     if before == c.NONE:
         stations[station, c.HEAD] = after
     else:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from zipserve.planner.native import columns as c
 from zipserve.planner.native.pacing import CHUNK_TOKENS_MIN
 from zipserve.planner.native.profile import Link
-from zipserve.planner.native.step_model import step_ms
+from zipserve.planner.native.step_model import steps_ms
 from zipserve.planner.native.workers import DecodeWorker, PrefillWorker, Router
 
 Ints = NDArray[np.int64]
@@ -61,9 +61,10 @@ def lay_out(
         sizes[i, c.LAYOUT] = layouts.index(kv.layout)
         slowdown, free_ms = (worker.slowdown_max, worker.free_ms) if isinstance(worker, DecodeWorker) else (1.0, 0.0)
         rates[i] = model.pair_ms, model.context_ms, slowdown, free_ms, worker.overhead_ms
-        tokens_ms[i] = [step_ms(model, tokens, 0.0, 0, 0.0) for tokens in range(tokens_ms.shape[1])]
-        bare = model._replace(constant_ms=0.0)
-        rows_ms[i] = [step_ms(bare, 0, 0.0, rows, 0.0) for rows in range(rows_ms.shape[1])]
+        tokens, rows = np.arange(tokens_ms.shape[1], dtype=np.float64), np.arange(rows_ms.shape[1], dtype=np.float64)
+        none, no_rows = np.zeros(len(tokens)), np.zeros(len(rows))
+        tokens_ms[i] = steps_ms(model, tokens, none, none, none)
+        rows_ms[i] = steps_ms(model._replace(constant_ms=0.0), no_rows, no_rows, rows, no_rows)
     between = np.array(wires, np.int64).reshape(len(prefills), len(decodes))
     pulls = np.array([(link.bytes_per_s / 1000.0, link.fixed_ms) for link in links]).reshape(-1, 2)
     rules = np.array([router.local_tokens_max, router.requests_max, router.tokens_max], np.int64)

@@ -5,7 +5,6 @@ import itertools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from zipserve.planner.native.traffic import Traffic, extras
 from zipserve.planner.placement import plot, report
 from zipserve.planner.placement.candidate import APART, TOGETHER, Settings
 from zipserve.planner.placement.curves import Curve, curve, rates_about
-from zipserve.planner.placement.fleet import Fleet
+from zipserve.planner.placement.fleet import Fleet, parse_devices
 from zipserve.planner.placement.router_log import Logged, read_log
 from zipserve.planner.placement.search import Question, Ranking, search
 from zipserve.planner.placement.values import as_yaml, values
@@ -188,11 +187,8 @@ def _once(name: str, pairs: Iterable[tuple[str, V]]) -> dict[str, V]:
 
 
 def _device(text: str) -> tuple[str, int]:
-    name, _, count = text.rpartition(":")
-    found = re.fullmatch(r"(?:(\d{1,6})[x×])?(\d{1,6})", count)
-    if not name or found is None:
-        raise InvalidRequestError(f"devices {text!r} are not of the form NAME:[NODES×]COUNT", field="devices")
-    return name, int(found[1] or 1) * int(found[2])
+    name, nodes, per_node = parse_devices(text)
+    return name, nodes * per_node
 
 
 def _price(text: str) -> tuple[str, float]:

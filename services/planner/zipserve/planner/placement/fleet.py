@@ -1,6 +1,7 @@
 """The devices that there are, and what a worker takes of them. Pure."""
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -42,6 +43,19 @@ class Fleet:
     def has(self, taken: Mapping[str, int]) -> bool:
         """Whether there are so many."""
         return all(count <= self.counts.get(name, 0) for name, count in taken.items())
+
+
+def parse_devices(text: str) -> tuple[str, int, int]:
+    """Name, nodes and devices per node, from NAME:COUNT or NAME:NODESxCOUNT.
+
+    Raises:
+        InvalidRequestError: it has another form.
+    """
+    name, _, count = text.rpartition(":")
+    found = re.fullmatch(r"(?:(\d{1,6})[x×])?(\d{1,6})", count)
+    if not name or found is None:
+        raise InvalidRequestError(f"devices {text!r} are not of the form NAME:[NODES×]COUNT", field="devices")
+    return name, int(found[1] or 1), int(found[2])
 
 
 def taken_by(profile: WorkerProfile) -> tuple[str, int]:
