@@ -5,7 +5,6 @@ Each is asked for its metrics.
 
 import asyncio
 import http.client
-import json
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -14,9 +13,7 @@ from typing import Any
 
 from zipserve.cli.board import Look, Process
 from zipserve.cli.exposition import Exposition, Sample, parse
-
-STACK_FILE = "stack.json"
-"""In the folder of the logs of `zipserve up`: how to find what runs there."""
+from zipserve.common import stack_file
 
 _TIMEOUT_S = 2.0
 _ANSWER_BYTES_MAX = 16 << 20
@@ -77,8 +74,8 @@ def stack_of(log_dir: str) -> dict[str, str]:
     Raises:
         OSError, ValueError: it does not say.
     """
-    found = json.loads((Path(log_dir) / STACK_FILE).read_text())
-    return {"redis_url": str(found["redis_url"]), "cluster": str(found["cluster"])}
+    found = stack_file.read(Path(log_dir))
+    return {name: found[name] for name in ("redis_url", "cluster")}
 
 
 async def _asked(name: str, role: str, address: str, state: str) -> Process:

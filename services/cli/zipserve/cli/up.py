@@ -5,8 +5,6 @@ Here: what has to be settled before the first of them starts.
 
 import argparse
 import asyncio
-import json
-import os
 import secrets
 import shutil
 import signal
@@ -19,9 +17,8 @@ from zipserve.cli import plan, redis_server
 from zipserve.cli.console import Console
 from zipserve.cli.generate import explain
 from zipserve.cli.lifecycle import Lifecycle, Once, Setup
-from zipserve.cli.lookout import STACK_FILE
 from zipserve.cli.parser import DEFAULT_ADDRESS, DEFAULT_HTTP_ADDRESS, DEFAULT_PROMPT
-from zipserve.common import log, models
+from zipserve.common import log, models, stack_file
 from zipserve.common.errors import ZipserveError
 
 _ONCE_TOKENS = 64
@@ -53,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         status = asyncio.run(Lifecycle(setup, console).run())
     finally:
-        (log_dir / STACK_FILE).unlink(missing_ok=True)
+        (log_dir / stack_file.STACK_FILE).unlink(missing_ok=True)
     if status == 1:
         console.line(f"logs are kept in {log_dir}")
     elif not options.log_dir:
@@ -123,13 +120,9 @@ def _http_address(wish: str | None, *, once: bool) -> str:
 
 
 def _tell_where(setup: Setup) -> None:
-    """For `zipserve top` and `zipserve profile`, and for nobody else: the cluster's secret is in it."""
+    """For `zipserve top` and `zipserve profile`."""
     stack = setup.stack
-    found = {"redis_url": stack.redis_url, "cluster": stack.cluster, "secret": stack.secret}
-    path = setup.log_dir / STACK_FILE
-    path.unlink(missing_ok=True)  # one of an earlier run may be readable to others, or a link
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(found, file)
+    stack_file.write(setup.log_dir, stack.redis_url, stack.cluster, stack.secret)
 
 
 def _listen_address(listen: str) -> str:

@@ -9,7 +9,7 @@ from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 
-from zipserve.common import log
+from zipserve.common import log, stack_file
 from zipserve.common.errors import InvalidRequestError
 from zipserve.planner.native.document import read
 from zipserve.planner.native.profile import Link, RoleProfile, WorkerProfile, as_document, load, save
@@ -19,8 +19,6 @@ from zipserve.planner.profiling.calls import link_of, try_overhead_ms
 from zipserve.planner.profiling.cluster import Cluster, ProfileSettings, Watched, opened, watching
 from zipserve.planner.profiling.drive import drive
 
-STACK_FILE = "stack.json"
-"""In the folder of the logs of `zipserve up`: how to find what runs there."""
 _CALLS_SHARE = 0.15
 """Of the time, for pulls, by the way through the router."""
 _QUICK_S = 15.0
@@ -88,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 
 def settings_of(options: argparse.Namespace) -> ProfileSettings:
     """How the cluster is found."""
-    known = json.loads((options.log_dir / STACK_FILE).read_text()) if options.log_dir else {}
+    known = stack_file.read(options.log_dir) if options.log_dir else {}
     asked = {"redis_url": options.redis, "cluster": options.cluster}
     return ProfileSettings(**known | {name: value for name, value in asked.items() if value})
 
